@@ -1,0 +1,116 @@
+"""Rows -> tokens -> batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler as TorchSampler
+
+from unolora.sampling import Sampler
+from unolora.tasks.rows import Rows
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One split of one task as token lists.
+
+    Args:
+        inputs: What the tokenizer gives (`input_ids`, maybe `token_type_ids`), each a list of N lists, unpadded.
+        targets: Label ids or numbers [N].
+    """
+
+    inputs: dict[str, list[list[int]]]
+    targets: np.ndarray[Any, Any]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(tokens) for tokens in self.inputs["input_ids"]]
+
+
+def encode(rows: Rows, tokenizer: Any, max_length: int) -> Encoded:
+    """Tokenize the rows; a row of two texts becomes a pair. Longer inputs are cut to `max_length` tokens."""
+    first = [texts[0] for texts in rows.texts]
+    second = [texts[1] for texts in rows.texts] if rows.texts and len(rows.texts[0]) == 2 else None
+    out = tokenizer(first, second, truncation=True, max_length=max_length, return_attention_mask=False)
+    return Encoded({name: out[name] for name in out}, rows.targets)
+
+
+class Collator:
+    """Pad rows to the longest of the batch, and no further.
+
+    Args:
+        tokenizer: The backbone's; it knows the padding side and token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        if tokenizer.pad_token is None:  # decoder-only models often have none; the mask hides what it is
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def __call__(self, rows: Sequence[tuple[int, Encoded, int]]) -> dict[str, Tensor]:
+        """Make one batch.
+
+        Args:
+            rows: Of each row the task's row, its split, and its place there.
+
+        Returns:
+            `input_ids` and `attention_mask` [B, T], `tasks` [B], `labels` [B] (ids and numbers alike as float32), and
+            what else the tokenizer gives.
+        """
+        names = rows[0][1].inputs
+        batch = self.tokenizer.pad(
+            {name: [split.inputs[name][i] for _, split, i in rows] for name in names}, return_tensors="pt"
+        )
+        batch["tasks"] = torch.tensor([task for task, _, _ in rows])
+        batch["labels"] = torch.tensor([float(split.targets[i]) for _, split, i in rows])
+        return dict(batch)
+
+
+class TaskRows(Dataset[Any]):
+    """One split of all tasks, addressed by (task row, row)."""
+
+    def __init__(self, splits: Sequence[Encoded]) -> None:
+        self.splits = splits
+
+    def __len__(self) -> int:
+        return sum(map(len, self.splits))
+
+    def __getitem__(self, where: tuple[int, int]) -> tuple[int, Encoded, int]:
+        task, row = where
+        return task, self.splits[task], row
+
+
+class TrainingBatches(TorchSampler[list[tuple[int, int]]]):
+    """This rank's micro-batches from a given step on, each computed from (seed, step) and never remembered.
+
+    Args:
+        sampler: Gives the global batch of a step.
+        steps: Optimiser steps in all.
+        start: Function that returns the step to begin at; asked when iteration begins.
+        accumulation: Micro-batches of a step.
+        rank, world_size: This process among all.
+    """
+
+    def __init__(
+        self, sampler: Sampler, steps: int, start: Any, accumulation: int = 1, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.sampler, self.steps, self.start = sampler, steps, start
+        self.accumulation, self.rank, self.world_size = accumulation, rank, world_size
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start(), self.steps):
+            rows = self.sampler.local_batch(step, self.rank, self.world_size)
+            size = len(rows) // self.accumulation
+            for part in range(self.accumulation):
+                yield rows[part * size : (part + 1) * size]

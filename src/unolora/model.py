@@ -1,0 +1,827 @@
+"""UnoLoRA as a PEFT method: injection, and how tasks and samples reach the layers.
+
+All that knows PEFT is here. `register` enters the method in PEFT's tables, after which `get_peft_model`,
+`PeftModel.from_pretrained`, `save_pretrained` and the rest work as for LoRA.
+
+The backbone's `forward` and `generate` take two more arguments, `tasks` and `sample_mask`. Whoever calls them (a
+`PeftModelFor*`, a plain `PeftModel`, the Trainer, a user), the hypernetwork runs once, its scales [B, P, R] are set for
+this thread, and they are gone when the call ends, also by an exception. Gradient checkpointing gets them as an
+argument, since its recomputation comes after the call.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import zip_longest
+from numbers import Integral, Number
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import mapping as peft_mapping
+from peft import peft_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import CONFIG_NAME
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from unolora.config import PEFT_TYPE, WEIGHTS_NAME, UnoLoraConfig, check_weights_file
+from unolora.errors import CheckpointError, InputError, unknown
+from unolora.hypernetwork import Hypernetwork, encode_sample
+from unolora.layer import UnoLoraLayer, current_scales, scaled_by
+
+Tasks = Tensor | Sequence[str] | Sequence[int] | str
+"""Task rows [B] as a LongTensor, or their names (or rows) one for each sample, or one name for the whole batch."""
+
+# Query and value projections, as PEFT's LoRA has them, and the families that PEFT leaves to the user.
+TARGET_MODULES: dict[str, list[str] | str] = {
+    **LORA_TARGETS,
+    "distilbert": ["q_lin", "v_lin"],
+    "modernbert": ["Wqkv"],
+    "umt5": ["q", "v"],
+    "vit": ["query", "value", "q_proj", "v_proj"],  # renamed within transformers 5
+}
+MORE_ARGUMENTS = ("tasks", "sample_mask")  # of a backbone's forward and generate
+STEP_BY_STEP = (
+    "when decoding step by step, wrap the loop in `with model.condition(tasks=..., input_ids=..., attention_mask=...):`"
+)
+
+
+class UnoLoraLinear(UnoLoraLayer, BaseTunerLayer):
+    """`UnoLoraLayer` with PEFT's switches: active, disabled and merged adapters.
+
+    PEFT's "all-linear" finds adapted projections again by the "Linear" in this name.
+    """
+
+    adapter_layer_names = ("uno_A", "uno_B")
+    other_param_names = ("uno_dropout", "scaling", "position")
+
+    def __init__(self, base_layer: nn.Module, d_in: int, d_out: int) -> None:
+        super().__init__(base_layer, d_in, d_out)
+        self._disable_adapters = False
+        self._active_adapter: list[str] | str = []
+        self.merged_adapters: list[str] = []
+        self.merged_scales: dict[str, Tensor] = {}  # what was merged, so that it can be taken out again
+
+    def applied(self) -> list[str]:
+        """Return the active adapters that this layer has, or none while disabled or merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.uno_A]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters on or off; off means W as it was, so merged updates are taken out."""
+        if not enabled:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def merged_weight(self, name: str) -> Tensor:
+        """Return W with the adapter's update; a scale, where there is one, is taken from the running `condition`."""
+        weight = self.base_layer.weight
+        if not weight.is_floating_point():
+            raise InputError(f"W is stored as {weight.dtype}: load the backbone unquantised to merge into it")
+        return weight.data + self.delta_weight(name).to(weight.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' update to W; `UnoLoraModel` has looked at `safe_merge` for all layers before."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name not in self.uno_A or name in self.merged_adapters:
+                continue
+            self.base_layer.weight.data = self.merged_weight(name)
+            if name in self.position:
+                self.merged_scales[name] = self.scale(name).detach().clone()  # [1, R]
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take the merged updates out of W again."""
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            scales = {}
+            if name in self.position:
+                P = self.position[name]
+                scales[name] = self.merged_scales.pop(name).unsqueeze(1).expand(1, P + 1, -1)  # only row P is read
+            with torch.no_grad(), scaled_by(scales):
+                self.base_layer.weight.data -= self.delta_weight(name).to(self.base_layer.weight.dtype)
+
+
+class UnoLoraModel(BaseTuner):  # type: ignore[misc]
+    """The tuner that PEFT puts around a backbone.
+
+    Beside what every PEFT tuner has: `uno_hypernetwork`, one `Hypernetwork` for each conditioned adapter;
+    `condition(...)`, to call parts of the backbone by hand; `merge_and_unload(tasks=...)`.
+    """
+
+    prefix = "uno_"
+    tuner_layer_cls = UnoLoraLinear
+    target_module_mapping = TARGET_MODULES
+    uses_shared_state = True
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        for name in ("forward", "generate"):
+            method = getattr(model, name, None)
+            if isinstance(method, Conditioned):
+                method = method.method  # of an earlier tuner, whose loading failed
+            if method is not None:
+                setattr(model, name, Conditioned(self, method, generates=name == "generate"))
+
+    # --- injection ---------------------------------------------------------------------------------------------
+
+    def _pre_injection_hook(self, model: nn.Module, config: UnoLoraConfig, adapter_name: str) -> None:
+        self.uno_hypernetwork = nn.ModuleDict()
+        self.merged_tasks: dict[str, str] = {}
+        self._enabled = True
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put adapter `adapter_name` into `model`, then make its hypernetwork, one position for each projection."""
+        _check_adapter_name(adapter_name)
+        config = self.peft_config[adapter_name]
+        d_s = _sample_dim(model, config) if config.conditioning == "task+sample" else None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.conditioning == "none":
+            return
+        layers = self.layers(adapter_name)
+        for position, layer in enumerate(layers.values()):
+            layer.position[adapter_name] = position
+        hypernetwork = Hypernetwork(
+            len(config.tasks),
+            len(layers),
+            config.r,
+            sample_dim=d_s,
+            embedding_dim=config.embedding_dim,
+            bottleneck_dim=config.bottleneck_dim,
+            scale_init=config.scale_init,
+            num_positions=config.num_positions,
+        )
+        # The names of the rows travel with them: the same numbers under other names would be another adapter.
+        rows = json.dumps({"tasks": config.tasks, "positions": list(layers)}).encode()
+        hypernetwork.register_buffer("rows", torch.tensor(list(rows), dtype=torch.uint8))
+        weight = next(iter(layers.values())).base_layer.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+        if not any(p.is_meta for p in hypernetwork.parameters()):
+            hypernetwork.to(weight.device, dtype)
+        self.uno_hypernetwork[adapter_name] = hypernetwork
+        hypernetwork.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+
+    def _prepare_adapter_config(self, peft_config: UnoLoraConfig, model_config: dict[str, Any]) -> UnoLoraConfig:
+        if peft_config.target_modules is None:
+            family = model_config.get("model_type")
+            if family not in self.target_module_mapping:
+                raise InputError(
+                    f"no default projections for the model type {family!r}; name them in `target_modules`, e.g. "
+                    "['q_proj', 'v_proj'], or 'all-linear'"
+                )
+            if family == "deberta-v2" and model_config.get("share_att_key"):
+                # Its query projection also maps relative positions, which all samples share: no scale for each sample.
+                peft_config.target_modules = {"value_proj"}
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: UnoLoraConfig, model: nn.Module) -> None:
+        """Refuse targets that can't be adapted, before anything is changed."""
+        _maybe_include_all_linear_layers(peft_config, model)
+        adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, UnoLoraLinear))
+        for name, module in model.named_modules():
+            inside = isinstance(module, UnoLoraLinear) or name.startswith(adapted)
+            if name and not inside and self._check_target_module_exists(peft_config, name):
+                _widths(module, name)
+
+    def _create_and_replace(
+        self,
+        config: UnoLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        layer = target if isinstance(target, UnoLoraLinear) else UnoLoraLinear(target, *_widths(target, current_key))
+        layer.add(adapter_name, r=config.r, alpha=config.alpha, dropout=config.dropout)
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+        if adapter_name not in self.active_adapters:
+            layer.uno_A[adapter_name].requires_grad_(False)
+            layer.uno_B[adapter_name].requires_grad_(False)
+        if layer is not target:
+            layer.set_adapter(self.active_adapters)
+            self._replace_module(parent, target_name, layer, target)
+
+    def layers(self, adapter_name: str) -> dict[str, UnoLoraLinear]:
+        """Return the adapted projections by their names in the backbone, in the order of their positions."""
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, UnoLoraLinear) and adapter_name in module.uno_A
+        }
+
+    # --- conditioning ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def condition(
+        self, tasks: Tasks | None = None, *, sample_mask: Tensor | None = None, **inputs: Any
+    ) -> Iterator[None]:
+        """Set the scales for everything that runs inside; forwards and `generate` without `tasks` then use them.
+
+        `model(..., tasks=...)` does this by itself. It is for parts of the backbone called by hand (an encoder whose
+        output several decodings share) and for decoding loops that feed one token at a time.
+
+        Args:
+            tasks: The task of each sample, see `Tasks`.
+            sample_mask: Tokens [B, T] that the sample encoding averages. By default those of `attention_mask`; for a
+                causal language model with `labels`, those among them that are not targets, since a scale that has
+                seen the answer would be of no use without it.
+            **inputs: What the backbone's forward takes; `input_ids`, `inputs_embeds` or `pixel_values`,
+                `attention_mask` and `labels` are looked at.
+
+        Raises:
+            InputError: Tasks are missing, unknown or not one for each sample, or the sample encoding has nothing to
+                average.
+        """
+        with self._conditioned(tasks, sample_mask, inputs):
+            yield
+
+    def _conditioned(self, tasks: Tasks | None, sample_mask: Tensor | None, inputs: dict[str, Any]) -> Any:
+        adapters = [name for name in self.active_adapters if name in self.uno_hypernetwork]
+        if not self._enabled or not adapters:
+            return nullcontext()
+        if self.merged_tasks:
+            self._check_merged(tasks)
+            return nullcontext()
+        if tasks is None:
+            if current_scales(self) is not None:
+                return nullcontext()
+            known = self.peft_config[adapters[0]].tasks
+            raise InputError(
+                f"`tasks` is missing: pass the task of each sample as names or rows, e.g. tasks=[{known[0]!r}, ...] "
+                f"(known: {', '.join(known)}); note that PEFT drops an argument called `task_ids`"
+            )
+        batch = _batch_size(inputs)
+        scales = {}
+        for name in adapters:
+            hypernetwork = self.uno_hypernetwork[name]
+            device = hypernetwork.task_embedding.weight.device
+            rows = task_rows(tasks, self.peft_config[name].tasks, batch).to(device)  # [B]
+            sample = None
+            if hypernetwork.bottleneck is not None:
+                sample = self._sample_encoding(inputs, sample_mask).to(device)  #      [B, D]
+            with torch.autocast(device.type, enabled=False):
+                scales[name] = hypernetwork(rows, sample)  #                           [B, P, R]
+        self._wrap_checkpointing()
+        return scaled_by(scales, self)
+
+    def _sample_encoding(self, inputs: dict[str, Any], sample_mask: Tensor | None) -> Tensor:
+        """Average the input embeddings, [B, D]; those that are looked up here get no gradient through the scale."""
+        embeddings, mask = self._embedded(inputs)  #                                   [B, T, D], [B, T]
+        if sample_mask is not None:
+            mask = sample_mask
+        elif self._decodes_only and inputs.get("labels") is not None:
+            mask = _prompt_mask(inputs["labels"], mask, embeddings)
+        if mask is not None and getattr(mask, "shape", None) != embeddings.shape[:2]:
+            found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise InputError(
+                f"the mask of the sample encoding is {found}, the tokens are {list(embeddings.shape[:2])}; pass a "
+                f"`sample_mask` [B, T], or, {STEP_BY_STEP}"
+            )
+        return encode_sample(embeddings, mask)
+
+    def _embedded(self, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Return the input embeddings and the mask that comes with them, if any."""
+        mask, embeddings = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+        past = inputs.get("past_key_values")
+        if self._decodes_only and past is not None and past.get_seq_length():
+            raise InputError(
+                f"the tokens before these are in the cache, out of the sample encoding's sight; {STEP_BY_STEP}"
+            )
+        if embeddings is not None:
+            return embeddings, mask
+        lookup = _input_embeddings(self.model)
+        if lookup is None:
+            return _features(inputs, _sample_dim(self.model, self.peft_config[self.active_adapters[0]])), mask
+        name = getattr(self.model, "main_input_name", "input_ids")
+        tokens = inputs.get(name)
+        if tokens is None:
+            raise InputError(
+                f"the sample encoding needs `{name}` or `inputs_embeds`; where `encoder_outputs` are given, pass "
+                f"the `{name}` that they came from as well, or use conditioning='task'"
+            )
+        if isinstance(lookup, nn.Embedding) and tokens.is_floating_point():
+            raise InputError(f"`{name}` are no tokens, so the sample has no encoding; use conditioning='task'")
+        more = {k: inputs[k] for k in ("interpolate_pos_encoding",) if inputs.get(k)}
+        with torch.no_grad():
+            embeddings = lookup(tokens, **more)
+        if embeddings.dim() == 4:  # a convolution's patches [B, D, H, W]
+            embeddings = embeddings.flatten(2).transpose(1, 2)
+        return embeddings, None if tokens.is_floating_point() else mask  # of an image, every patch counts
+
+    @property
+    def _decodes_only(self) -> bool:
+        """Whether the backbone is a causal language model."""
+        can_generate = getattr(self.model, "can_generate", None)
+        return bool(can_generate and can_generate() and not getattr(self.model.config, "is_encoder_decoder", False))
+
+    def _wrap_checkpointing(self) -> None:
+        for module in self._checkpointing_modules:
+            if module.gradient_checkpointing:
+                function = module._gradient_checkpointing_func
+                if not isinstance(function, Checkpointed):
+                    module._gradient_checkpointing_func = Checkpointed(function)
+
+    @functools.cached_property
+    def _checkpointing_modules(self) -> list[Any]:
+        return [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
+
+    # --- PEFT's switches, which know the layers but not the hypernetwork -----------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones; others are frozen. A merged model is unmerged first."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self.merged_tasks.clear()
+        for name, hypernetwork in self.uno_hypernetwork.items():
+            hypernetwork.requires_grad_(name in self.active_adapters and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Switch the gradients of these adapters on or off."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.uno_hypernetwork:
+                self.uno_hypernetwork[name].requires_grad_(requires_grad)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._enabled = enabled
+        if not enabled:
+            self.merged_tasks.clear()  # the layers have taken them out
+        for name, hypernetwork in self.uno_hypernetwork.items():
+            hypernetwork.requires_grad_(enabled and name in self.active_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter with its hypernetwork; the active one becomes another that remains."""
+        active = list(self.active_adapters)
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.uno_hypernetwork:
+            del self.uno_hypernetwork[adapter_name]
+        if adapter_name in active and self.peft_config:
+            # PEFT lets each layer choose, and the layers may hold different adapters.
+            active.remove(adapter_name)
+            self.set_adapter(active or [min(self.peft_config)])
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str) -> None:
+        # PEFT calls this on every module that has it, after loading weights into empty (meta) ones.
+        if adapter_name in self.uno_hypernetwork:
+            layer = next(iter(self.layers(adapter_name).values()))
+            self.uno_hypernetwork[adapter_name].to(layer.base_layer.weight.device)
+
+    # --- merging -------------------------------------------------------------------------------------------------
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        tasks: str | Sequence[str] | None = None,
+    ) -> nn.Module:
+        """Merge the update of one task into the backbone and return it, free of adapters.
+
+        Args:
+            progressbar: Show progress.
+            safe_merge: Refuse weights that are not finite.
+            adapter_names: The adapters to merge; the active ones by default.
+            tasks: The task whose scale is merged; needed when `conditioning` is "task".
+
+        Raises:
+            InputError: The scale depends on the sample, or no (single, known) task is given where one is needed.
+        """
+        with self._merging(adapter_names, tasks, safe_merge):
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        tasks: str | Sequence[str] | None = None,
+    ) -> None:
+        """Merge the update of one task into the backbone's weights until `unmerge_adapter`; see `merge_and_unload`."""
+        with self._merging(adapter_names, tasks, safe_merge) as merged:
+            super().merge_adapter(adapter_names, safe_merge)
+            self.merged_tasks.update(merged)
+
+    def unmerge_adapter(self) -> None:
+        """Take the merged updates out of the backbone's weights again."""
+        super().unmerge_adapter()
+        self.merged_tasks.clear()
+
+    @contextmanager
+    def _merging(
+        self, adapter_names: list[str] | None, tasks: str | Sequence[str] | None, safe_merge: bool
+    ) -> Iterator[dict[str, str]]:
+        """Set the scales to merge; whatever forbids it is found before the first weight changes."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if isinstance(names, str):
+            raise InputError(f"`adapter_names` must be a list of names, got {names!r}")
+        scales, merged = {}, {}
+        for name in names:
+            if name not in self.peft_config:
+                raise unknown("adapter", name, self.peft_config)
+            if name not in self.uno_hypernetwork:
+                continue
+            merged[name] = task = self._task_to_merge(name, tasks)
+            hypernetwork, known = self.uno_hypernetwork[name], self.peft_config[name].tasks
+            with torch.no_grad():
+                rows = task_rows([task], known, 1).to(hypernetwork.task_embedding.weight.device)
+                scales[name] = hypernetwork(rows)  # [1, P, R]
+        with torch.no_grad(), scaled_by(scales, self):
+            for name in names:
+                for key, layer in self.layers(name).items():
+                    if safe_merge and not layer.merged_weight(name).isfinite().all():
+                        raise InputError(f"merging adapter {name!r} into {key!r} gives values that are not finite")
+            yield merged
+
+    def _task_to_merge(self, name: str, tasks: str | Sequence[str] | None) -> str:
+        known = self.peft_config[name].tasks
+        if self.uno_hypernetwork[name].bottleneck is not None:
+            raise InputError(
+                f"adapter {name!r} scales its ranks for each sample (conditioning='task+sample'), so no single "
+                "weight can stand for it; train with conditioning='task' to merge"
+            )
+        chosen = [tasks] if isinstance(tasks, str) else [] if tasks is None else list(tasks)
+        if len(chosen) != 1:
+            raise InputError(f"name the one task to merge, e.g. tasks={known[0]!r} (known: {', '.join(known)})")
+        task: str = known[int(task_rows(chosen, known, 1))]
+        if self.merged_tasks.get(name, task) != task:
+            raise InputError(
+                f"adapter {name!r} is merged for task {self.merged_tasks[name]!r} already; call unmerge_adapter() first"
+            )
+        return task
+
+    def _check_merged(self, tasks: Tasks | None) -> None:
+        for name, task in self.merged_tasks.items():
+            known = self.peft_config[name].tasks
+            if tasks is not None and any(row != known.index(task) for row in task_rows(tasks, known, None).tolist()):
+                raise InputError(f"adapter {name!r} is merged for task {task!r} only; call unmerge_adapter() first")
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if not merge:
+            self.unmerge_adapter()
+        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        for name in ("forward", "generate"):
+            if isinstance(model.__dict__.get(name), Conditioned):
+                setattr(model, name, model.__dict__[name].method)
+                if getattr(model.__dict__[name], "__self__", None) is model:
+                    delattr(model, name)  # it was the class's own method
+        for module in self._checkpointing_modules:
+            if isinstance(getattr(module, "_gradient_checkpointing_func", None), Checkpointed):
+                module._gradient_checkpointing_func = module._gradient_checkpointing_func.function
+        return model
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: UnoLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        # PEFT has dropped all that has another adapter's name in its path; a projection may be called the same.
+        for key, value in adapter_state(model.base_model, adapter_name).items():
+            if not set(key.split(".")).isdisjoint(unwanted_adapter_names):
+                state.setdefault(key, value)
+        return state
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT strips the name only next to the end of a key, where a hypernetwork's parameters don't have it, and
+        # also from a projection that is called the same.
+        return re.sub(rf"\.(uno_\w+)\.{re.escape(adapter_name)}(?=\.|$)", r".\1", key)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: UnoLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        check_state(model.base_model, adapter_name, remapped, source=getattr(state_dict, "source", "the checkpoint"))
+        return dict(remapped)
+
+
+class Conditioned:
+    """Stands in for a backbone's `forward` or `generate`; takes `tasks` and `sample_mask` as well."""
+
+    def __init__(self, tuner: UnoLoraModel, method: Callable[..., Any], *, generates: bool) -> None:
+        self.tuner, self.method, self.generates = tuner, method, generates
+        functools.update_wrapper(self, method)
+        signature = inspect.signature(method)
+        self.names = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        self.known = {*self.names, *(inspect.signature(tuner.model.forward).parameters if generates else ())}
+        # The Trainer keeps the columns that the signature names, and so `tasks`.
+        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in MORE_ARGUMENTS]
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+        self.__signature__ = signature.replace(parameters=own + more + rest)
+
+    def __call__(self, *args: Any, tasks: Any = None, sample_mask: Any = None, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name not in self.known:  # the backbone would swallow it silently
+                near = difflib.get_close_matches(name, MORE_ARGUMENTS, n=1, cutoff=0.75)
+                if near or name.startswith("task"):
+                    raise TypeError(f"unexpected argument {name!r}; did you mean {(near or MORE_ARGUMENTS)[0]!r}?")
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if self.generates:
+            inputs = self._of_generate(args, inputs)
+        with self.tuner._conditioned(tasks, sample_mask, inputs):
+            return self.method(*args, **kwargs)
+
+    def _of_generate(self, args: Sequence[Any], inputs: dict[str, Any]) -> dict[str, Any]:
+        """Name what `generate` got as `forward` would; without a mask, leave padding out as `generate` does."""
+        main = getattr(self.tuner.model, "main_input_name", "input_ids")
+        if inputs.get("inputs") is not None:
+            inputs = {**inputs, main: inputs["inputs"]}
+        inputs = {**inputs, "past_key_values": None}  # the tokens of a given cache are among the input_ids
+        config = inputs.get("generation_config") or getattr(self.tuner.model, "generation_config", None)
+        tokens = inputs.get("input_ids")
+        if config is None or tokens is None or inputs.get("attention_mask") is not None:
+            return inputs
+        pad, eos = inputs.get("pad_token_id", config.pad_token_id), inputs.get("eos_token_id", config.eos_token_id)
+        if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+            return inputs
+        return {**inputs, "attention_mask": tokens.ne(pad)}
+
+
+class Checkpointed:
+    """A model's checkpoint function, whose recomputation sees the scales of its own forward.
+
+    They go in as an argument, not as part of a closure: re-entrant checkpointing gives gradients to arguments only.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        scales = current_scales()
+        if not scales:
+            return self.function(forward, *args, **kwargs)
+        names = list(scales)
+
+        def run(*inputs: Any) -> Any:
+            with scaled_by(dict(zip(names, inputs, strict=False))):
+                return forward(*inputs[len(names) :])
+
+        return self.function(run, *scales.values(), *args, **kwargs)
+
+
+def task_rows(tasks: Tasks, known: Sequence[str], batch: int | None) -> Tensor:
+    """Turn tasks into rows of the task embedding.
+
+    Args:
+        tasks: See `Tasks`; one name stands for the whole batch.
+        known: The names of the rows.
+        batch: Number of samples that is expected, if known.
+
+    Returns:
+        LongTensor [B].
+
+    Raises:
+        InputError: A task is not known, or there is not one for each sample. Rows on an accelerator are left to the
+            embedding's own check, since looking at them would wait for the device.
+    """
+    if isinstance(tasks, str):
+        tasks = [tasks] * (batch or 1)
+    if not isinstance(tasks, Tensor):
+        if isinstance(tasks, Number) or not all(isinstance(task, str | Integral) for task in tasks):
+            raise InputError(f"`tasks` must be names or rows, one for each sample, got {tasks!r}")
+        rows = []
+        for task in tasks:
+            if isinstance(task, str) and task not in known:
+                raise unknown("task", task, known)
+            rows.append(known.index(task) if isinstance(task, str) else task)
+        tasks = torch.tensor(rows, dtype=torch.long)
+    if tasks.dim() != 1 or tasks.is_floating_point() or tasks.dtype == torch.bool:
+        raise InputError(f"`tasks` must be a LongTensor [batch], got {tasks.dtype} of shape {list(tasks.shape)}")
+    if batch is not None and len(tasks) != batch:
+        raise InputError(f"`tasks` must name one task for each sample: got {len(tasks)} for a batch of {batch}")
+    if tasks.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = tasks[(tasks < 0) | (tasks >= len(known))]
+        if len(wrong):
+            raise InputError(f"unknown task row {wrong[0].item()}: the rows are 0 to {len(known) - 1}")
+    return tasks
+
+
+class Checkpoint(dict[str, Tensor]):
+    """The tensors of a weight file under PEFT's keys; remembers the file, so that an error can name it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        super().__init__(tensors)
+        self.source = source
+
+    def copy(self) -> Checkpoint:
+        return Checkpoint(self, self.source)
+
+    def __missing__(self, key: str) -> Tensor:  # PEFT looks up the modules_to_save before it asks the tuner
+        raise CheckpointError(
+            f"{self.source}: other modules_to_save: expected {key}, found none; use the settings that it was trained with"
+        )
+
+
+def adapter_state(tuner: UnoLoraModel, adapter_name: str) -> dict[str, Tensor]:
+    """Return all tensors of an adapter, by their keys in a `PeftModel`'s state."""
+    state: dict[str, Tensor] = {}
+    for name, layer in tuner.layers(adapter_name).items():
+        state[f"base_model.model.{name}.uno_A.{adapter_name}"] = layer.uno_A[adapter_name]
+        state[f"base_model.model.{name}.uno_B.{adapter_name}"] = layer.uno_B[adapter_name]
+    if adapter_name in tuner.uno_hypernetwork:
+        for name, value in tuner.uno_hypernetwork[adapter_name].state_dict().items():
+            state[f"base_model.uno_hypernetwork.{adapter_name}.{name}"] = value
+    return state
+
+
+def check_state(tuner: UnoLoraModel, adapter_name: str, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Check that a checkpoint fits an adapter in every key, shape and row, before anything is copied.
+
+    Args:
+        tuner: The model that the checkpoint is loaded into.
+        adapter_name: Its adapter.
+        state: The tensors under the model's keys.
+        source: The file, for the message.
+
+    Raises:
+        CheckpointError: Another conditioning, other tasks, other targets, another rank or another width.
+    """
+    own = adapter_state(tuner, adapter_name)
+    prefix = f"base_model.uno_hypernetwork.{adapter_name}."
+
+    def refuse(what: str, expected: object, found: object, fix: str) -> CheckpointError:
+        return CheckpointError(f"{source}: {what}: expected {expected}, found {found}; {fix}")
+
+    conditionings = _conditioning(own, prefix), _conditioning(state, prefix)
+    if conditionings[0] != conditionings[1]:
+        raise refuse("another conditioning", *conditionings, "use the settings that it was trained with")
+    if f"{prefix}rows" in state:
+        expected, found = (json.loads(bytes(keys[f"{prefix}rows"].tolist())) for keys in (own, state))
+        for what, fix in (("tasks", "give the same tasks in the same order"), ("positions", "use the same targets")):
+            if expected[what] != found[what]:
+                raise refuse(f"other {what}", *_difference(expected[what], found[what]), fix)
+    missing, extra = own.keys() - state.keys(), state.keys() - own.keys() - _passengers(tuner, adapter_name)
+    if missing or extra:
+        raise refuse(
+            "other targets or modules_to_save",
+            f"{len(own)} tensors" + (f" with {min(missing)}" if missing else ""),
+            f"{len(state)}" + (f" with {min(extra)}" if extra else ""),
+            "use the settings that it was trained with",
+        )
+    for key, tensor in own.items():
+        shapes = list(tensor.shape), list(state[key].shape)
+        if shapes[0] != shapes[1]:
+            rank = ".uno_A." in key and shapes[0][0] != shapes[1][0]
+            what = "another rank" if rank else "another width"
+            raise refuse(f"{what} of {key}", *shapes, "use the backbone and the settings that it was trained with")
+
+
+def register() -> None:
+    """Enter UnoLoRA in PEFT's tables, under the name "UNOLORA"; `import unolora` does this."""
+    peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = UnoLoraConfig
+    peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = UnoLoraModel
+    peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = UnoLoraModel.prefix
+    if not hasattr(peft_model.load_peft_weights, "__wrapped__"):
+        peft_model.load_peft_weights = _naming_the_file(peft_model.load_peft_weights)
+
+
+def _naming_the_file(load: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Wrap PEFT's reading of a weight file: nobody else knows the file when the checks come.
+
+    Other methods' folders are read as before.
+    """
+
+    @functools.wraps(load)
+    def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        folder = Path(model_id, kwargs.get("subfolder") or "")
+        file = folder / WEIGHTS_NAME
+        if folder.is_dir():
+            settings = folder / CONFIG_NAME
+            if not settings.is_file() or json.loads(settings.read_text("utf-8")).get("peft_type") != PEFT_TYPE:
+                return load(model_id, *args, **kwargs)
+            check_weights_file(file)
+        return Checkpoint(load(model_id, *args, **kwargs), str(file))
+
+    return load_peft_weights
+
+
+def _check_adapter_name(name: str) -> None:
+    """Refuse names that torch's dictionaries of modules and parameters can't hold."""
+    if not name or "." in name or any(hasattr(kind(), name) for kind in (nn.ModuleDict, nn.ParameterDict)):
+        raise InputError(f"an adapter can't be called {name!r}, which torch's nn.ModuleDict does not take as a key")
+
+
+def _widths(target: nn.Module, key: str) -> tuple[int, int]:
+    """Return (d_in, d_out) of a projection."""
+    if isinstance(target, NonDynamicallyQuantizableLinear):
+        raise InputError(
+            f"`target_modules` matches {key!r}, whose weight nn.MultiheadAttention reads without calling it, so that an "
+            "adapter would do nothing; leave it to `exclude_modules`"
+        )
+    if isinstance(target, nn.Linear):
+        return target.in_features, target.out_features
+    if isinstance(target, Conv1D):
+        d_in, d_out = target.weight.shape
+        return d_in, d_out
+    raise InputError(
+        f"`target_modules` matches {key!r}, a {type(target).__name__}; only nn.Linear and transformers' Conv1D can be "
+        "adapted: name the projections, or leave this one to `exclude_modules`"
+    )
+
+
+def _input_embeddings(model: nn.Module) -> Any:
+    """Return the module that embeds tokens or patches, or None if the backbone names none."""
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _sample_dim(model: nn.Module, config: UnoLoraConfig) -> int:
+    """Find the width of the backbone's input embeddings, and check a given `sample_dim` against it."""
+    width, embeddings = config.sample_dim, _input_embeddings(model)
+    if embeddings is not None:
+        hidden_size = getattr(getattr(model, "config", None), "hidden_size", None)
+        found = getattr(embeddings, "embedding_dim", None) or hidden_size
+        if width is not None and found is not None and width != found:
+            raise InputError(f"`sample_dim` is {width}, but the backbone's embeddings are {found} wide; leave it out")
+        width = width or found
+    if width is None:
+        raise InputError(
+            "the backbone does not say how wide its input embeddings are; give `sample_dim`, the width of its input, "
+            "or use conditioning='task'"
+        )
+    return int(width)
+
+
+def _features(inputs: Mapping[str, Any], width: int) -> Tensor:
+    """Find the input [B, T, D] or [B, D] of a backbone that embeds nothing itself."""
+    for value in inputs.values():
+        if (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and value.dim() in (2, 3)
+            and value.shape[-1] == width
+        ):
+            return value if value.dim() == 3 else value.unsqueeze(1)
+    raise InputError(
+        f"the sample encoding needs an input [B, T, {width}] or [B, {width}] (`sample_dim` is {width}); "
+        "pass one, or use conditioning='task'"
+    )
+
+
+def _prompt_mask(labels: Tensor, mask: Any, embeddings: Tensor) -> Any:
+    """Leave the targets of a causal language model out: the answer must not reach the scale."""
+    if labels.shape != embeddings.shape[:2]:
+        return mask
+    prompt = labels == -100
+    return prompt & mask.bool() if isinstance(mask, Tensor) and mask.shape == prompt.shape else prompt
+
+
+def _batch_size(inputs: Mapping[str, Any]) -> int | None:
+    """Return the number of samples, from the first tensor among the backbone's inputs."""
+    for name in ("input_ids", "inputs_embeds", "pixel_values"):
+        if inputs.get(name) is not None:
+            return len(inputs[name])
+    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), None)
+
+
+def _conditioning(state: Mapping[str, Tensor], prefix: str) -> str:
+    """Tell the conditioning from the hypernetwork's keys."""
+    if f"{prefix}rows" not in state:
+        return "none"
+    return "task+sample" if any(key.startswith(f"{prefix}bottleneck.") for key in state) else "task"
+
+
+def _passengers(tuner: UnoLoraModel, adapter_name: str) -> set[str]:
+    """Return the keys that may travel with an adapter: its modules_to_save, and resized embeddings."""
+    keys = {f"base_model.{key}" for key in tuner.state_dict() if f".modules_to_save.{adapter_name}." in key}
+    outputs = getattr(tuner.model, "get_output_embeddings", lambda: None)()
+    for name, module in tuner.model.named_modules():
+        if module is outputs or module is _input_embeddings(tuner.model):
+            keys |= {f"base_model.model.{name}.{key}" for key in module.state_dict()}
+    return keys
+
+
+def _difference(expected: Sequence[str], found: Sequence[str]) -> tuple[str, str]:
+    """Describe where two lists of names first differ."""
+    row = next(i for i, pair in enumerate(zip_longest(expected, found)) if pair[0] != pair[1])
+    return tuple(  # type: ignore[return-value]
+        f"{len(names)} with {names[row]!r} at row {row}" if row < len(names) else f"{len(names)}"
+        for names in (expected, found)
+    )

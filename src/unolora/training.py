@@ -1,0 +1,504 @@
+"""One trainer for every method, and the run folder that it writes.
+
+All that a step depends on is a function of (seed, step): its batch, its dropout and its learning rate. So a checkpoint
+holds weights and optimiser moments, nothing is replayed when a run goes on, and it ends as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from unolora import metrics, runs, scoring
+from unolora.atomic import new_folder, write_json, write_text
+from unolora.data import Collator, Encoded, TrainingBatches, TaskRows, encode
+from unolora.errors import CheckpointError, InputError
+from unolora.heads import MultiTaskModel
+from unolora.methods import label
+from unolora.sampling import Sampler
+from unolora.settings import Settings, to_dict
+from unolora.tasks import Task, rows
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """Training stopped on a signal, after writing a checkpoint; `folder` is the run to resume."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__(f"stopped at step {step}; go on with `unolora train --resume {folder}`")
+        self.folder, self.step = folder, step
+
+
+def train(settings: Settings, *, root: Path | None = None, resume: bool = False, progress: Any = None) -> Path:
+    """Train a method, and the baselines that the settings name, and write the run folder.
+
+    Args:
+        settings: The run.
+        root: Folder that relative data files start from, where `data.root` is not set.
+        resume: Go on with the run that is in the output folder.
+        progress: Called as progress(label, steps) for each method; gives a Trainer callback that shows it.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: Something given can't be used; nothing was written.
+        Interrupted: A signal stopped it; the checkpoint to go on from was written.
+    """
+    folder = Path(settings.output or "runs/run")
+    _check_folder(folder, settings, resume)
+    data = load_data(settings, root)
+    built = _build(settings, settings.method, data)  # what can't be built is known before anything is written
+    _prepare_folder(folder, settings, root, resume)
+    _train_method(settings, settings.method, data, folder, progress, built)
+    for method in settings.baselines:
+        _train_method(settings, method, data, folder / "baselines" / method, progress)
+    from unolora.report import write_report
+
+    write_report(folder)
+    return folder
+
+
+def load_data(settings: Settings, root: Path | None = None) -> list[rows.TaskData]:
+    """Resolve the tasks of a run and read their rows.
+
+    Raises:
+        InputError: A task, a file or a row can't be used.
+    """
+    from unolora.tasks import resolve
+
+    start = Path(settings.data.root) if settings.data.root else root
+    return [rows.load(task, root=start, limit=settings.data.limit) for task in resolve(settings.tasks)]
+
+
+def _check_folder(folder: Path, settings: Settings, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another `output`")
+    if resume or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not settings.overwrite:
+        raise InputError(
+            f"{folder} already holds a run; choose another `output`, set `overwrite`, or go on with "
+            f"`unolora train --resume {folder}`"
+        )
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder} holds other files and no run; it is not overwritten, choose another `output`")
+
+
+def _prepare_folder(folder: Path, settings: Settings, root: Path | None, resume: bool) -> None:
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+        if root is not None and settings.data.root is None:
+            settings = replace(settings, data=replace(settings.data, root=str(root.resolve())))
+        with new_folder(folder) as temporary:
+            config = yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True)
+            (temporary / "config.yaml").write_text(config, encoding="utf-8")
+    write_json(folder / "environment.json", runs.environment())
+
+
+def _build(settings: Settings, method: str, data: Sequence[rows.TaskData]) -> tuple[MultiTaskModel, Any]:
+    moments = {d.task.name: _moments(d.splits["train"].targets) for d in data if d.task.kind == "regression"}
+    return runs.build(settings, method, [d.task for d in data], moments)
+
+
+def _train_method(
+    settings: Settings,
+    method: str,
+    data: Sequence[rows.TaskData],
+    folder: Path,
+    progress: Any,
+    built: tuple[MultiTaskModel, Any] | None = None,
+) -> None:
+    if (folder / "results.json").is_file():
+        return  # it was finished before the run was stopped
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [d.task for d in data]
+    model, tokenizer = built or _build(settings, method, data)
+    splits = {
+        name: {row: encode(d.splits[name], tokenizer, settings.data.max_length) for row, d in enumerate(data)}
+        for name in ("train", "validation", "test")
+    }
+    collate = Collator(tokenizer)
+    trainer = MultiTaskTrainer(model, settings, tasks, splits, collate, folder)
+    if progress is not None:
+        trainer.add_callback(progress(label(method, settings.adapter), trainer))
+    checkpoint = last_checkpoint(folder)
+    with _stop_on_signal(trainer):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.stopped:
+        raise Interrupted(folder.parent.parent if folder.parent.name == "baselines" else folder, trainer.state.global_step)
+    runs.load_state(model, _load(trainer.best / "weights.safetensors"), trainer.best)
+    scores = {name: scoring.evaluate(model, tasks, splits[name], collate) for name in ("validation", "test")}
+    runs.save_adapter(model, settings, method, tasks, folder / "adapter")
+    write_json(folder / "results.json", _results(trainer, method, data, scores))
+    shutil.rmtree(folder / "checkpoints")
+
+
+class MultiTaskTrainer(Trainer):  # type: ignore[misc]
+    """The Trainer on stateless batches, scored per task, with checkpoints free of pickle.
+
+    Args:
+        model: Adapted encoder and heads.
+        settings: The run.
+        tasks: In the order of their rows.
+        splits: For "train" and "validation" each task row's tokens.
+        collate: Pads a batch.
+        folder: The run folder.
+    """
+
+    def __init__(
+        self,
+        model: MultiTaskModel,
+        settings: Settings,
+        tasks: Sequence[Task],
+        splits: Mapping[str, Mapping[int, Encoded]],
+        collate: Collator,
+        folder: Path,
+    ) -> None:
+        t = settings.training
+        args = TrainingArguments(
+            output_dir=str(folder / "checkpoints"),
+            max_steps=t.steps,
+            per_device_train_batch_size=t.batch_size // t.gradient_accumulation,
+            gradient_accumulation_steps=t.gradient_accumulation,
+            learning_rate=t.learning_rate,
+            weight_decay=t.weight_decay,
+            warmup_steps=t.warmup_steps,
+            lr_scheduler_type={"constant": "constant_with_warmup"}.get(t.schedule, t.schedule),
+            max_grad_norm=t.max_grad_norm,
+            seed=t.seed,
+            bf16=t.precision == "bf16",
+            eval_strategy="steps",
+            eval_steps=t.evaluate_every,
+            save_strategy="steps",
+            save_steps=t.checkpoint_every,
+            logging_steps=t.log_every,
+            metric_for_best_model="average",
+            greater_is_better=True,
+            ignore_data_skip=True,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to=t.report_to or "none",
+        )
+        trained, validated = (TaskRows(list(splits[name].values())) for name in ("train", "validation"))
+        super().__init__(model, args, data_collator=collate, train_dataset=trained, eval_dataset=validated)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.settings, self.tasks, self.splits, self.folder = settings, list(tasks), splits, folder
+        self.sampler = Sampler(
+            [len(split) for split in splits["train"].values()],
+            batch_size=t.batch_size,
+            seed=t.seed,
+            strategy=settings.sampling.strategy,
+            temperature=settings.sampling.temperature,
+            limit=settings.sampling.limit,
+            mixed=settings.sampling.mixed,
+        )
+        self.model_accepts_loss_kwargs = False
+        self.best = folder / "checkpoints" / "best"
+        self.stopped = False
+        self.train_seconds = self.evaluation_seconds = 0.0  # of the parts of this run that are over
+        self._started: float | None = None
+        self._micro = 0
+        self._since_log = np.zeros((2, len(tasks)))  # summed loss and rows of each task since the last line
+
+    # --- a step is a function of (seed, step) ----------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return this rank's micro-batches from the current step on; they are sharded here, not by Accelerate."""
+        batches = TrainingBatches(
+            self.sampler,
+            self.args.max_steps,
+            lambda: self.state.global_step,
+            self.args.gradient_accumulation_steps,
+            self.args.process_index,
+            self.args.world_size,
+        )
+        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Take one forward and backward, with dropout keyed by (seed, step, micro-batch, rank)."""
+        self._micro = (self._micro + 1) % self.args.gradient_accumulation_steps
+        key = [self.args.seed, self.state.global_step, self._micro, self.args.process_index]
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Return the mean loss of the batch, and keep each task's share of it for the log."""
+        out = model(**inputs)
+        rows_of = inputs["tasks"].cpu().numpy()
+        np.add.at(self._since_log[0], rows_of, out["losses"].detach().float().cpu().numpy())
+        np.add.at(self._since_log[1], rows_of, 1)
+        return out["loss"]
+
+    # --- what is measured --------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, and write a line of metrics.jsonl for the training loss."""
+        super().log(logs, *args, **kwargs)
+        if "loss" not in logs:
+            return
+        loss, seen = self._since_log
+        self._write_line(
+            kind="train",
+            step=self.state.global_step,
+            loss=float(loss.sum() / seen.sum()),
+            learning_rate=logs["learning_rate"],
+            seconds=round(self.seconds(), 3),
+            examples=self.state.global_step * self.settings.training.batch_size,
+            seen=self.seen(),
+            task_loss={t.name: float(a / n) for t, a, n in zip(self.tasks, loss, seen, strict=True) if n},
+        )
+        self._since_log[:] = 0
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the validation splits; the average decides which weights are kept."""
+        started = time.perf_counter()
+        found = scoring.evaluate(self.model, self.tasks, self.splits["validation"], self.data_collator)
+        spent = time.perf_counter() - started
+        self.evaluation_seconds += spent
+        self.train_seconds -= spent
+        scores = {name: next(iter(values.values())) for name, values in found.items()}
+        average = metrics.average(found)
+        if self.state.best_metric is None or average > self.state.best_metric:
+            self._write_best()
+        self._write_line(
+            kind="evaluation",
+            step=self.state.global_step,
+            split="validation",
+            average=average,
+            scores=scores,
+            metrics=found,
+        )
+        logs = {"eval_average": average, **{f"eval_{name}": score for name, score in scores.items()}}
+        self.log(logs)
+        return logs
+
+    def seen(self) -> dict[str, int]:
+        """Return how many rows of each task the steps so far have used."""
+        counts = self.sampler.counts(self.state.global_step)
+        return {task.name: int(n) for task, n in zip(self.tasks, counts, strict=True)}
+
+    def seconds(self) -> float:
+        """Return the time spent in training so far without evaluations, over all parts of a run, in seconds."""
+        return self.train_seconds + (0.0 if self._started is None else time.perf_counter() - self._started)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, from a checkpoint if one is given."""
+        self._started = time.perf_counter()
+        out = super().train(*args, **kwargs)
+        self.train_seconds, self._started = self.seconds(), None
+        return out
+
+    def _write_line(self, **values: Any) -> None:
+        if self.args.should_save:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+    # --- checkpoints: safetensors and JSON ------------------------------------------------------------------------------
+
+    def _write_best(self) -> None:
+        if not self.args.should_save:
+            return
+        with new_folder(self.best) as folder:
+            _save(runs.state(self.model), folder / "weights.safetensors")
+            write_json(folder / "state.json", {"step": self.state.global_step})
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        moments = self.optimizer.state_dict()["state"]
+        log = self.folder / "metrics.jsonl"
+        with new_folder(self.folder / "checkpoints" / f"step-{step:06d}") as folder:
+            _save(runs.state(self.model), folder / "weights.safetensors")
+            _save(
+                {f"{i}.{name}": value for i, values in moments.items() for name, value in values.items()},
+                folder / "optimizer.safetensors",
+            )
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            write_json(
+                folder / "state.json",
+                {
+                    "step": step,
+                    "log_bytes": log.stat().st_size if log.exists() else 0,
+                    "since_log": self._since_log.tolist(),
+                    "train_seconds": self.seconds(),
+                    "evaluation_seconds": self.evaluation_seconds,
+                    "settings": _fingerprint(self.settings),
+                },
+            )
+        for old in sorted((self.folder / "checkpoints").glob("step-*"))[: -self.settings.training.keep_checkpoints]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        kept = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if kept["settings"] != _fingerprint(self.settings):
+            raise CheckpointError(f"{folder}: written with other settings; resume with the run's own config.yaml")
+        runs.load_state(self.model, _load(folder / "weights.safetensors"), folder)
+        self._since_log = np.array(kept["since_log"])
+        self.train_seconds, self.evaluation_seconds = kept["train_seconds"], kept["evaluation_seconds"]
+        log = self.folder / "metrics.jsonl"
+        if log.exists():
+            os.truncate(log, kept["log_bytes"])  # lines after the checkpoint are written again
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        found = self.optimizer.state_dict()
+        found["state"] = {}
+        for name, value in _load(Path(checkpoint) / "optimizer.safetensors").items():
+            i, _, key = name.partition(".")
+            found["state"].setdefault(int(i), {})[key] = value
+        self.optimizer.load_state_dict(found)
+        self.lr_scheduler.last_epoch = self.state.global_step - 1
+        self.lr_scheduler.step()  # the learning rate is a function of the step
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        pass  # there is none: `training_step` seeds each step
+
+
+class _Steps(TrainerCallback):  # type: ignore[misc]
+    """Evaluates after the last step, and ends training after the running one when a signal came."""
+
+    def __init__(self, trainer: MultiTaskTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the switches for what follows this step."""
+        if state.global_step == state.max_steps:
+            control.should_evaluate = control.should_log = True
+            self.trainer.stopped = False  # a signal now comes too late to stop anything
+        elif self.trainer.stopped:
+            control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def _stop_on_signal(trainer: MultiTaskTrainer) -> Iterator[None]:
+    """Turn the first Ctrl-C (or SIGTERM) into a checkpoint and a clean end; a second one interrupts at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        trainer.stopped = True
+        logger.warning("stopping after this step; once more to stop at once")
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    trainer.add_callback(_Steps(trainer))
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            before[name] = signal.signal(name, stop)
+    except ValueError:
+        pass  # not the main thread: signals are somebody else's
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, or None."""
+    found = sorted((folder / "checkpoints").glob("step-*"))
+    return found[-1] if found else None
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: can't be read ({error}); delete its folder to resume from the one before") from error
+
+
+def _fingerprint(settings: Settings) -> dict[str, Any]:
+    """What must be the same for a run to go on as if it had not stopped."""
+    kept = to_dict(replace(settings, output=None, overwrite=False, baselines=[]))
+    kept["data"]["root"] = None
+    for name in ("keep_checkpoints", "report_to"):
+        del kept["training"][name]
+    return dict(json.loads(json.dumps(kept)))
+
+
+def _moments(targets: np.ndarray[Any, Any]) -> tuple[float, float]:
+    return float(targets.mean()), float(targets.std()) or 1.0
+
+
+def _results(
+    trainer: MultiTaskTrainer, method: str, data: Sequence[rows.TaskData], scores: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    settings, model = trainer.settings, trainer.model
+    seen = trainer.seen()
+    total = sum(p.numel() for p in model.parameters())
+    heads = sum(p.numel() for p in model.heads.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    backbone = total - heads - (0 if method == "full" else trainable - heads)
+    steps = settings.training.steps
+    tasks = []
+    for row, d in enumerate(data):
+        name = d.task.name
+        constant, trivial = None, {}
+        for split in ("validation", "test"):
+            targets = d.splits[split].targets
+            constant, values = metrics.baseline(d.task, d.splits["train"].targets, len(targets))
+            trivial[split] = metrics.score(d.task, targets, values)
+        tasks.append(
+            {
+                "name": name,
+                "kind": d.task.kind,
+                "score_metric": d.task.metrics[0],
+                "labels": list(d.task.labels),
+                "rows": {split: len(found.targets) for split, found in d.splits.items()},
+                "sampling": {"planned": float(trainer.sampler.probabilities[row]), "seen": seen[name]},
+                "metrics": {split: scores[split][name] for split in ("validation", "test")},
+                "baseline": {"name": constant, "metrics": trivial},
+            }
+        )
+    return {
+        "name": trainer.folder.name,
+        "method": method,
+        "label": label(method, settings.adapter),
+        "backbone": settings.backbone,
+        "seed": settings.training.seed,
+        "steps": steps,
+        "best_step": json.loads((trainer.best / "state.json").read_text(encoding="utf-8"))["step"],
+        "batch_size": settings.training.batch_size,
+        "tasks": tasks,
+        "averages": {"mean_of_first_metrics": {split: metrics.average(found) for split, found in scores.items()}},
+        "parameters": {
+            "total": total,
+            "trainable": trainable,
+            "adapter": trainable - heads,
+            "heads": heads,
+            "trainable_percent": 100 * trainable / total,
+            "per_task_percent": 100 * (trainable - heads) / backbone / len(tasks),  # counted as in the paper
+        },
+        "time": {
+            "train_seconds": round(trainer.train_seconds, 2),
+            "evaluation_seconds": round(trainer.evaluation_seconds, 2),
+            "examples_per_second": round(steps * settings.training.batch_size / trainer.train_seconds, 2),
+        },
+    }
