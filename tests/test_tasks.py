@@ -95,7 +95,7 @@ def test_names_are_plain(name):
         ({"template": "no column"}, "template 'no column' reads no column"),
         ({"template": []}, "must be one text, or two for a pair, not 0"),
         ({"template": ["{a}", "{b}", "{c}"]}, "must be one text, or two for a pair, not 3"),
-        ({"template": "{text"}, r"cannot be read \(expected '}' before end of string\)"),
+        ({"template": "{text"}, r"template '{text' cannot be read \(.*\); write {{ and }} for braces"),
         ({"template": "{}"}, "a field is the plain name of a column"),
         ({"template": "{text!r}"}, "a field is the plain name of a column"),
         ({"template": "{text:>9}"}, "a field is the plain name of a column"),

@@ -72,6 +72,13 @@ class UnoLoraConfig(PeftConfig):
         check_adapter(self)
         if self.conditioning != "none" and not self.tasks:
             raise InputError(f"conditioning {self.conditioning!r} needs `tasks`: the names, one for each row")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise InputError(
+                f"`layers_to_transform` goes with a list of names in `target_modules`, got {self.target_modules!r}; "
+                "say the layers in the expression"
+            )
+        if isinstance(self.modules_to_save, str):
+            raise InputError(f"`modules_to_save` must be a list of names, got {self.modules_to_save!r}")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's own configs do
         if isinstance(self.exclude_modules, list):

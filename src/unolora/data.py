@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler as TorchSampler
+from torch.utils.data import Dataset
+from torch.utils.data import Sampler as TorchSampler
 
 from unolora.sampling import Sampler
 from unolora.tasks.rows import Rows
@@ -91,8 +92,11 @@ class TaskRows(Dataset[Any]):
 class TrainingBatches(TorchSampler[list[tuple[int, int]]]):
     """This rank's micro-batches from a given step on, each computed from (seed, step) and never remembered.
 
+    The rows of a step are cut into micro-batches by length, so that a long row pads only its like.
+
     Args:
         sampler: Gives the global batch of a step.
+        lengths: Of each task the tokens of its rows.
         steps: Optimiser steps in all.
         start: Function that returns the step to begin at; asked when iteration begins.
         accumulation: Micro-batches of a step.
@@ -100,9 +104,17 @@ class TrainingBatches(TorchSampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, sampler: Sampler, steps: int, start: Any, accumulation: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        sampler: Sampler,
+        lengths: Sequence[Sequence[int]],
+        steps: int,
+        start: Callable[[], int],
+        *,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.sampler, self.steps, self.start = sampler, steps, start
+        self.sampler, self.lengths, self.steps, self.start = sampler, lengths, steps, start
         self.accumulation, self.rank, self.world_size = accumulation, rank, world_size
 
     def __len__(self) -> int:
@@ -111,6 +123,7 @@ class TrainingBatches(TorchSampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.start(), self.steps):
             rows = self.sampler.local_batch(step, self.rank, self.world_size)
+            rows.sort(key=lambda row: self.lengths[row[0]][row[1]])
             size = len(rows) // self.accumulation
             for part in range(self.accumulation):
                 yield rows[part * size : (part + 1) * size]

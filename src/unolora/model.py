@@ -213,6 +213,10 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
             layer.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's also hands on `weight`, which a classification head of several layers does not have.
+        setattr(parent, child_name, new_module)
+
     def layers(self, adapter_name: str) -> dict[str, UnoLoraLinear]:
         """Return the adapted projections by their names in the backbone, in the order of their positions."""
         return {

@@ -1,8 +1,8 @@
 """A run on disk: what is built from its settings, written when it ends, and loaded again.
 
-    RUN/  config.yaml  environment.json  metrics.jsonl  results.json  report.html
-          adapter/      the best average: PEFT's files, heads.safetensors, tasks.json, README.md
-          checkpoints/  to resume from
+RUN/  config.yaml  environment.json  metrics.jsonl  results.json  report.html
+      adapter/      the best average: PEFT's files, heads.safetensors, tasks.json, README.md
+      checkpoints/  to resume from
 """
 
 from __future__ import annotations
@@ -166,7 +166,9 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     settings = read_settings(path)
     adapter = path / "adapter"
     if not adapter.is_dir():
-        raise InputError(f"{path}: no adapter/ in it; the run did not finish, go on with `unolora train --resume {path}`")
+        raise InputError(
+            f"{path}: no adapter/ in it; the run did not finish, go on with `unolora train --resume {path}`"
+        )
     tasks = read_tasks(adapter / "tasks.json")
     heads = _tensors(adapter / "heads.safetensors")
     model, tokenizer = build(settings, settings.method, tasks, {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from unolora import metrics
-from unolora.data import Collator, Encoded
+from unolora.data import Collator, Encoded, encode
+from unolora.errors import InputError
 from unolora.heads import MultiTaskModel
+from unolora.runs import Run
 from unolora.tasks import Task
+from unolora.tasks.rows import Rows
 
 
 @torch.no_grad()
@@ -67,3 +70,55 @@ def evaluate(
     """
     found = predictions(model, splits, collate)
     return {tasks[row].name: metrics.score(tasks[row], split.targets, found[row]) for row, split in splits.items()}
+
+
+def evaluate_run(run: Run, split: str) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """Score a loaded run on a split of the data that its settings name.
+
+    Returns:
+        For each task its metrics, and its number of rows.
+    """
+    from unolora.training import load_data
+
+    data = load_data(run.settings)
+    length = run.settings.data.max_length
+    splits = {row: encode(d.splits[split], run.tokenizer, length) for row, d in enumerate(data)}
+    scores = evaluate(run.model, run.tasks, splits, Collator(run.tokenizer))
+    return scores, {task.name: len(splits[row]) for row, task in enumerate(run.tasks)}
+
+
+def predict_texts(
+    run: Run, task: str, inputs: Sequence[tuple[str, ...]], *, batch_size: int = 64
+) -> Iterator[dict[str, Any]]:
+    """Predict texts with one task of a run.
+
+    Args:
+        run: From `load_run`.
+        task: Its name.
+        inputs: Of each row one text, or two for a task on pairs.
+        batch_size: Rows of a forward.
+
+    Yields:
+        For each row `task` and `label` with `probabilities`, or `task` and `value`.
+
+    Raises:
+        InputError: The task is unknown, or a row has another number of texts than the task's template.
+    """
+    row = run.row(task)
+    spec = run.tasks[row]
+    for place, texts in enumerate(inputs):
+        if len(texts) != len(spec.template):
+            raise InputError(f"input {place + 1}: task {task!r} takes {len(spec.template)} texts, got {len(texts)}")
+    if not inputs:
+        return
+    split = encode(Rows(list(inputs), np.zeros(len(inputs))), run.tokenizer, run.settings.data.max_length)
+    rows = [(row, split, i) for i in range(len(split))]
+    heads = run.model.heads
+    found = logits(run.model, rows, Collator(run.tokenizer), batch_size).to(heads.mean.device)
+    values = heads.predict(found, torch.full((len(split),), row, device=found.device)).tolist()
+    for value, chances in zip(values, found[:, : max(1, len(spec.labels))].softmax(dim=1).tolist(), strict=True):
+        if spec.kind == "regression":
+            yield {"task": task, "value": value}
+        else:
+            label = spec.labels[int(value)]
+            yield {"task": task, "label": label, "probabilities": dict(zip(spec.labels, chances, strict=True))}

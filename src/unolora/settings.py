@@ -11,7 +11,6 @@ from typing import Any
 from unolora.errors import InputError, unknown
 from unolora.sampling import STRATEGIES
 
-
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16")
 
@@ -175,6 +174,9 @@ class Settings:
             raise InputError("`tasks` is empty; name at least one (`unolora tasks` lists the built-in ones)")
 
 
+SECTIONS: dict[str, type[Any]] = {"adapter": Adapter, "data": Data, "sampling": Sampling, "training": Training}
+
+
 def to_dict(settings: Settings) -> dict[str, Any]:
     """Return the settings as plain data, for YAML."""
     return asdict(settings)
@@ -184,22 +186,31 @@ def from_dict(data: dict[str, Any]) -> Settings:
     """Build settings from plain data.
 
     Raises:
-        InputError: A key is not known (with the nearest one), or a section is not a mapping.
+        InputError: A key is not known (with the nearest one), a section is not a mapping, or a value makes no sense.
     """
-    return _build(Settings, data, "")
+    check_keys(data)
+    return Settings(**{k: SECTIONS[k](**v) if k in SECTIONS else v for k, v in data.items()})
 
 
-def _build(cls: type[Any], data: Any, where: str) -> Any:
+def check_keys(data: dict[str, Any]) -> None:
+    """Refuse names that no setting has.
+
+    Raises:
+        InputError: With the nearest name, or a section that is not a mapping.
+    """
+    _check(Settings, data, "")
+    for name, section in SECTIONS.items():
+        if name in data:
+            _check(section, data[name], f"{name}.")
+
+
+def _check(cls: type[Any], data: Any, where: str) -> None:
     if not isinstance(data, dict):
-        raise InputError(f"`{where or 'settings'}` must be a mapping of names to values, got {data!r}")
-    sections = {"adapter": Adapter, "data": Data, "sampling": Sampling, "training": Training} if not where else {}
-    known = [f.name for f in fields(cls)]
-    values = {}
-    for key, value in data.items():
-        if key not in known:
-            raise unknown("setting", f"{where}.{key}".lstrip("."), [f"{where}.{k}".lstrip(".") for k in known])
-        values[key] = _build(sections[key], value, key) if key in sections else value
-    return cls(**values)
+        raise InputError(f"`{where.rstrip('.')}` must be a mapping of names to values, got {data!r}")
+    known = [f"{where}{f.name}" for f in fields(cls)]
+    for key in data:
+        if f"{where}{key}" not in known:
+            raise unknown("setting", f"{where}{key}", known)
 
 
 def _at_least(settings: Any, least: int, *names: str) -> None:
@@ -208,6 +219,3 @@ def _at_least(settings: Any, least: int, *names: str) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             section = type(settings).__name__.lower()
             raise InputError(f"`{section}.{name}` must be a whole number of at least {least}, got {value!r}")
-
-
-__all__ = ["Adapter", "Data", "Sampling", "Settings", "Training", "from_dict", "to_dict"]

