@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import copy
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,7 +36,14 @@ _ENCODER = {
     "intermediate_size": 48,
     "initializer_range": 0.3,
 }
-_DECODER = {**_ENCODER, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "eos_token_id": 63, "bos_token_id": 1}
+_DECODER = {
+    **_ENCODER,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "eos_token_id": 63,
+    "bos_token_id": 1,
+}
 _T5 = {
     "vocab_size": VOCAB,
     "d_model": WIDTH,
@@ -182,16 +190,22 @@ def settings(conditioning: str = "task+sample", **more) -> UnoLoraConfig:
 
 
 def wake(model: nn.Module, seed: int = 2) -> nn.Module:
-    """Give a fresh adapter weights with which every part of it is felt: B, the tasks, the positions, the sample."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".uno_B." in name:
-                parameter.normal_(0, 0.3)
-            elif "scale_weight" in name or "scale_bias" in name:
-                parameter.normal_(0, 0.7)
-            elif "bottleneck" in name and name.endswith("weight"):
-                parameter.normal_(0, 0.5)
+    """Give a fresh adapter weights with which every part of it is felt: B, the tasks, the positions, the sample.
+
+    A parameter's numbers depend on its name alone, not on what else the model holds.
+    """
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+        for part, std in (
+            ("uno_B", 0.2),
+            ("uno_A", 0.15),
+            ("_embedding.", 1.0),
+            ("scale_", 0.7),
+            ("bottleneck", 0.5),
+            ("combine", 0.4),
+        ):
+            if part in name and ".uno_" in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
 
 

@@ -83,9 +83,12 @@ def test_counts_are_printed(capsys):
     model = get_peft_model(backbone("t5"), settings(task_type="SEQ_2_SEQ_LM"))
     counted, total = model.get_nb_trainable_parameters()
     d, r, P, D = 8, 8, 12, 32
-    hypernetwork = (len(TASKS) + P) * d + (D * 16 + 16 + 16 * 16 + 16 + 16 * d + d) + (
-        3 * d * 16 + 16 + 2 * (16 * 16 + 16) + 16 * d + d
-    ) + P * (d * r + r)
+    hypernetwork = (
+        (len(TASKS) + P) * d
+        + (D * 16 + 16 + 16 * 16 + 16 + 16 * d + d)
+        + (3 * d * 16 + 16 + 2 * (16 * 16 + 16) + 16 * d + d)
+        + P * (d * r + r)
+    )
     assert counted == P * r * (D + D) + hypernetwork
     model.print_trainable_parameters()
     assert f"trainable params: {counted:,} || all params: {total:,}" in capsys.readouterr().out

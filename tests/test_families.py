@@ -115,7 +115,10 @@ def test_merged_is_unmerged(family, conditioning):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_one_batch_differ_only_by_their_task(family):
-    model, inputs = adapted(family, "task"), {k: v[:1].repeat(3, *[1] * (v.dim() - 1)) for k, v in batch(family).items()}
+    model, inputs = (
+        adapted(family, "task"),
+        {k: v[:1].repeat(3, *[1] * (v.dim() - 1)) for k, v in batch(family).items()},
+    )
     found = output(model, **inputs, tasks=["sort", "sort", "rank"])
     assert apart(found[0], found[1]) < 1e-5
     assert apart(found[0], found[2]) > 1e-3
@@ -186,7 +189,9 @@ def test_targets_that_are_not_there():
         get_peft_model(backbone("bert"), settings(target_modules=["q_proj"]))
 
 
-@pytest.mark.parametrize(("family", "target"), [("bert", "word_embeddings"), ("bert", "LayerNorm"), ("vit", "projection")])
+@pytest.mark.parametrize(
+    ("family", "target"), [("bert", "word_embeddings"), ("bert", "LayerNorm"), ("vit", "projection")]
+)
 def test_targets_that_are_no_projections_leave_the_backbone_alone(family, target):
     model, inputs = backbone(family), batch(family)
     names, expected = list(model.state_dict()), output(model, **inputs)

@@ -36,7 +36,9 @@ def scales(B: int, r: int = 3, P: int = 3) -> torch.Tensor:
 def reference(of: UnoLoraLayer, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """W x + (alpha / r) B diag(s) A x, one row after the other, with the matrices written out."""
     A, B = of.uno_A["uno"], of.uno_B["uno"]
-    out = [of.base_layer(row) + 7 / len(A) * (row @ (B @ torch.diag(s_row) @ A).T) for row, s_row in zip(x, s, strict=True)]
+    out = [
+        of.base_layer(row) + 7 / len(A) * (row @ (B @ torch.diag(s_row) @ A).T) for row, s_row in zip(x, s, strict=True)
+    ]
     return torch.stack(out)
 
 
@@ -136,7 +138,10 @@ def test_base_layers_own_state_is_untouched():
 
 @pytest.mark.parametrize(("N", "B"), [(3, 2), (2, 3), (5, 4)])
 def test_rows_that_are_no_multiple_of_the_batch_are_refused(N, B):
-    with scaled_by({"uno": scales(B)}), pytest.raises(InputError, match=f"got {N} rows for a batch of {B}.*target_modules"):
+    with (
+        scaled_by({"uno": scales(B)}),
+        pytest.raises(InputError, match=f"got {N} rows for a batch of {B}.*target_modules"),
+    ):
         layer()(torch.randn(N, 5, dtype=torch.float64))
 
 

@@ -42,7 +42,7 @@ def test_fresh_adapter_keeps_training_mode_outputs_too(family, conditioning):
         expected = bare(**inputs).loss
     with training(get_peft_model(backbone(family), settings(conditioning, task_type=first_head(family)))) as fresh:
         found = fresh(**inputs, tasks=MIXED).loss
-    assert torch.equal(found, expected)
+    assert apart(found, expected) < 1e-5  # with gradients on, attention may pick another kernel
 
 
 @CORE
@@ -174,7 +174,13 @@ def test_every_way_to_name_tasks_is_the_same():
     model, inputs = adapted("bert"), batch("bert")
     numbers = [TASKS.index(task) for task in MIXED]
     expected = output(model, **inputs, tasks=MIXED)
-    for tasks in (tuple(MIXED), numbers, torch.tensor(numbers), torch.tensor(numbers, dtype=torch.int32), iter_free(numbers)):
+    for tasks in (
+        tuple(MIXED),
+        numbers,
+        torch.tensor(numbers),
+        torch.tensor(numbers, dtype=torch.int32),
+        iter_free(numbers),
+    ):
         assert torch.equal(output(model, **inputs, tasks=tasks), expected), tasks
     one = output(model, **inputs, tasks="rank")
     assert apart(one, expected) > 1e-3
@@ -341,7 +347,9 @@ def test_merged_is_unmerged_for_each_task(family, task):
     assert apart(found, expected) < tolerance
     assert all(apart(found, other) > 100 * tolerance for other in others)
     model.unmerge_adapter()
-    assert apart(output(model, **inputs, tasks=MIXED), output(adapted(family, "task"), **inputs, tasks=MIXED)) < tolerance
+    assert (
+        apart(output(model, **inputs, tasks=MIXED), output(adapted(family, "task"), **inputs, tasks=MIXED)) < tolerance
+    )
 
 
 # Precision
@@ -404,7 +412,10 @@ def test_autocast(family, conditioning):
 
 
 @quick(max_examples=12, deadline=None)
-@given(tasks=st.lists(st.sampled_from(TASKS), min_size=1, max_size=6), lengths=st.lists(st.integers(1, 8), min_size=6, max_size=6))
+@given(
+    tasks=st.lists(st.sampled_from(TASKS), min_size=1, max_size=6),
+    lengths=st.lists(st.integers(1, 8), min_size=6, max_size=6),
+)
 def test_any_batch_is_row_by_row(tasks, lengths):
     model, B = adapted("bert"), len(tasks)
     torch.manual_seed(len(tasks))

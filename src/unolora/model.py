@@ -146,6 +146,9 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
         config = self.peft_config[adapter_name]
         d_s = _sample_dim(model, config) if config.conditioning == "task+sample" else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._checkpointing_modules = [
+            module for module in model.modules() if hasattr(module, "gradient_checkpointing")
+        ]
         if config.conditioning == "none":
             return
         layers = self.layers(adapter_name)
@@ -274,15 +277,17 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
             rows = task_rows(tasks, self.peft_config[name].tasks, batch).to(device)  # [B]
             sample = None
             if hypernetwork.bottleneck is not None:
-                sample = self._sample_encoding(inputs, sample_mask).to(device)  #      [B, D]
+                sample = self._sample_encoding(inputs, sample_mask, hypernetwork.bottleneck[0].in_features).to(
+                    device
+                )  #      [B, D]
             with torch.autocast(device.type, enabled=False):
                 scales[name] = hypernetwork(rows, sample)  #                           [B, P, R]
         self._wrap_checkpointing()
         return scaled_by(scales, self)
 
-    def _sample_encoding(self, inputs: dict[str, Any], sample_mask: Tensor | None) -> Tensor:
+    def _sample_encoding(self, inputs: dict[str, Any], sample_mask: Tensor | None, width: int) -> Tensor:
         """Average the input embeddings, [B, D]; those that are looked up here get no gradient through the scale."""
-        embeddings, mask = self._embedded(inputs)  #                                   [B, T, D], [B, T]
+        embeddings, mask = self._embedded(inputs, width)  #                            [B, T, D], [B, T]
         if sample_mask is not None:
             mask = sample_mask
         elif self._decodes_only and inputs.get("labels") is not None:
@@ -295,7 +300,7 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
             )
         return encode_sample(embeddings, mask)
 
-    def _embedded(self, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    def _embedded(self, inputs: dict[str, Any], width: int) -> tuple[Tensor, Any]:
         """Return the input embeddings and the mask that comes with them, if any."""
         mask, embeddings = inputs.get("attention_mask"), inputs.get("inputs_embeds")
         past = inputs.get("past_key_values")
@@ -307,7 +312,7 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
             return embeddings, mask
         lookup = _input_embeddings(self.model)
         if lookup is None:
-            return _features(inputs, _sample_dim(self.model, self.peft_config[self.active_adapters[0]])), mask
+            return _features(inputs, width), mask
         name = getattr(self.model, "main_input_name", "input_ids")
         tokens = inputs.get(name)
         if tokens is None:
@@ -336,10 +341,6 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
                 function = module._gradient_checkpointing_func
                 if not isinstance(function, Checkpointed):
                     module._gradient_checkpointing_func = Checkpointed(function)
-
-    @functools.cached_property
-    def _checkpointing_modules(self) -> list[Any]:
-        return [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
 
     # --- PEFT's switches, which know the layers but not the hypernetwork -----------------------------------------
 
@@ -390,7 +391,7 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         *,
-        tasks: str | Sequence[str] | None = None,
+        tasks: Tasks | None = None,
     ) -> nn.Module:
         """Merge the update of one task into the backbone and return it, free of adapters.
 
@@ -411,7 +412,7 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
         adapter_names: list[str] | None = None,
         safe_merge: bool = False,
         *,
-        tasks: str | Sequence[str] | None = None,
+        tasks: Tasks | None = None,
     ) -> None:
         """Merge the update of one task into the backbone's weights until `unmerge_adapter`; see `merge_and_unload`."""
         with self._merging(adapter_names, tasks, safe_merge) as merged:
@@ -425,7 +426,7 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
 
     @contextmanager
     def _merging(
-        self, adapter_names: list[str] | None, tasks: str | Sequence[str] | None, safe_merge: bool
+        self, adapter_names: list[str] | None, tasks: Tasks | None, safe_merge: bool
     ) -> Iterator[dict[str, str]]:
         """Set the scales to merge; whatever forbids it is found before the first weight changes."""
         names = self.active_adapters if adapter_names is None else adapter_names
@@ -449,17 +450,17 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
                         raise InputError(f"merging adapter {name!r} into {key!r} gives values that are not finite")
             yield merged
 
-    def _task_to_merge(self, name: str, tasks: str | Sequence[str] | None) -> str:
+    def _task_to_merge(self, name: str, tasks: Tasks | None) -> str:
         known = self.peft_config[name].tasks
         if self.uno_hypernetwork[name].bottleneck is not None:
             raise InputError(
                 f"adapter {name!r} scales its ranks for each sample (conditioning='task+sample'), so no single "
                 "weight can stand for it; train with conditioning='task' to merge"
             )
-        chosen = [tasks] if isinstance(tasks, str) else [] if tasks is None else list(tasks)
-        if len(chosen) != 1:
+        rows = task_rows([] if tasks is None else [tasks] if isinstance(tasks, str) else tasks, known, None)
+        if len(rows) != 1:
             raise InputError(f"name the one task to merge, e.g. tasks={known[0]!r} (known: {', '.join(known)})")
-        task: str = known[int(task_rows(chosen, known, 1))]
+        task: str = known[int(rows)]
         if self.merged_tasks.get(name, task) != task:
             raise InputError(
                 f"adapter {name!r} is merged for task {self.merged_tasks[name]!r} already; call unmerge_adapter() first"
@@ -541,9 +542,9 @@ class Conditioned:
     def __call__(self, *args: Any, tasks: Any = None, sample_mask: Any = None, **kwargs: Any) -> Any:
         for name in kwargs:
             if name not in self.known:  # the backbone would swallow it silently
-                near = difflib.get_close_matches(name, MORE_ARGUMENTS, n=1, cutoff=0.75)
-                if near or name.startswith("task"):
-                    raise TypeError(f"unexpected argument {name!r}; did you mean {(near or MORE_ARGUMENTS)[0]!r}?")
+                for ours in MORE_ARGUMENTS:
+                    if name.startswith("task") or difflib.SequenceMatcher(None, name, ours).ratio() > 0.75:
+                        raise TypeError(f"unexpected argument {name!r}; did you mean {ours!r}?")
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.generates:
             inputs = self._of_generate(args, inputs)
