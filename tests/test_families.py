@@ -246,7 +246,7 @@ def test_plain_module(conditioning, shape, tmp_path):
         assert apart(together, output(model, x=x)) > 0.1
     for i, task in enumerate(MIXED):
         with torch.no_grad():
-            assert apart(together[i : i + 1], model(x[i : i + 1], tasks=task)) < 1e-5
+            assert apart(together[i : i + 1], model(x[i : i + 1], tasks=task)) < 1e-4
     torch.testing.assert_close(output(model, x=x, bias=2.0, tasks=MIXED), together + 2.0)
     model.save_pretrained(tmp_path)
     torch.manual_seed(3)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from unolora.errors import InputError
 
@@ -21,17 +24,16 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         InputError: There is no space, or the folder can't be written.
     """
-    with _explained(path):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with explained(path):
+        temporary = _beside(path)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with temporary.open("x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         _sync(path.parent)
 
@@ -50,37 +52,51 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         InputError: There is no space, or the folder can't be written.
     """
-    with _explained(path):
+    with explained(path):
+        path = path.resolve()  # what a link points to is replaced, not the link
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary, old = _beside(path), _beside(path)
         try:
+            temporary.mkdir()
             yield temporary
-            os.chmod(temporary, 0o777 & ~_umask())
+            readable = temporary.stat().st_mode & 0o666  # as the umask has it; safetensors keeps its files private
             for file in [*temporary.rglob("*"), temporary]:
+                if file.is_file():
+                    file.chmod(readable)
                 _sync(file)
-            old = None
             if path.exists():
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
                 os.replace(path, old)
             os.replace(temporary, path)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if old.exists() and not path.exists():
+                os.replace(old, path)
             raise
-        _sync(path.parent)
-        if old is not None:
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+        _sync(path.parent)
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Turn what keeps a block from writing `path` into one line that says what to do.
+
+    Raises:
+        InputError: There is no space, or it can't be written.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"os error (\d+)", str(error))  # how safetensors spells one
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"no space left to write {path}; free some, nothing half-written was kept") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise InputError(f"{path} can't be written ({error.strerror}); choose another folder") from error
-        raise
+        reason = os.strerror(number) if number else " ".join(str(error).split())
+        raise InputError(f"{path} can't be written ({reason}); choose another folder") from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def _sync(path: Path) -> None:
@@ -89,9 +105,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -25,13 +27,23 @@ def train(arguments: Sequence[str]) -> int:
     from unolora import training
     from unolora.progress import Bar
 
-    console = Console()
+    console, bars = _console(), ExitStack()
+
+    def progress(label: str, trainer: training.MultiTaskTrainer) -> Bar:
+        bar = Bar(label, trainer, console)
+        bars.callback(bar.stop)
+        return bar
+
     try:
-        folder = training.train(
-            settings, root=root, resume=resume, progress=lambda label, trainer: Bar(label, trainer, console)
-        )
+        with bars:
+            folder = training.train(settings, root=root, resume=resume, progress=progress)
     except training.Interrupted as stop:
         sys.stderr.write(f"{stop}\n")
+        return 130
+    except KeyboardInterrupt:
+        begun = Path(settings.output or "", "config.yaml").is_file()
+        way = f"; {training.how_to_go_on(Path(settings.output or ''))}" if begun else ""
+        sys.stderr.write(f"interrupted{way}\n")
         return 130
     results = [folder / "results.json", *sorted((folder / "baselines").glob("*/results.json"))]
     console.print(_scores([json.loads(path.read_text(encoding="utf-8")) for path in results]))
@@ -60,7 +72,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         table.add_row(name, str(rows[name]), "  ".join(f"{metric} {value:.4f}" for metric, value in found.items()))
     table.add_section()
     table.add_row("mean of first metrics", "", f"{average:.4f}")
-    Console().print(table)
+    _console().print(table)
     return 0
 
 
@@ -76,7 +88,7 @@ def predict(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--batch-size", type=int, default=64, help="rows of a forward; default: 64")
     parser.add_argument("text", nargs="*", help="inputs; without any they are read from --file or standard input")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # texts come before or after --task
     if options.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {options.batch_size}")
     if options.text and options.file:
@@ -86,13 +98,16 @@ def predict(arguments: Sequence[str]) -> int:
 
     run = runs.load_run(options.run)
     task = run.tasks[run.row(options.task)]
-    if options.file is not None and options.file.suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
+    if options.file is not None and options.file.suffix.lower() in (".jsonl", ".csv", ".tsv", ".parquet"):
         from unolora.tasks.files import read_file
         from unolora.tasks.rows import fill
 
         inputs = fill(task, read_file(options.file))
     else:
-        inputs = [tuple(line.split("\t")) for line in options.text or _lines(options.file)]
+        lines = options.text or _lines(options.file)
+        inputs = [tuple(line.split("\t")) if len(task.template) == 2 else (line,) for line in lines]
+    if not inputs:
+        raise InputError(f"nothing to predict: {options.file or 'standard input'} is empty; give one input a line")
     for answer in scoring.predict_texts(run, options.task, inputs, batch_size=options.batch_size):
         _write(json.dumps(answer, ensure_ascii=False))
     return 0
@@ -100,7 +115,7 @@ def predict(arguments: Sequence[str]) -> int:
 
 def tasks(arguments: Sequence[str]) -> int:
     """List tasks."""
-    parser = argparse.ArgumentParser(prog="unolora tasks", description=COMMANDS["tasks"])
+    parser = _Parser(prog="unolora tasks", description=COMMANDS["tasks"])
     parser.add_argument("run", type=Path, nargs="?", help="run folder; the built-in tasks without one")
     options = parser.parse_args(arguments)
     from unolora.runs import read_tasks
@@ -112,7 +127,7 @@ def tasks(arguments: Sequence[str]) -> int:
     for task in found:
         answers = ", ".join(task.labels) or ("a number" if task.kind == "regression" else "as found")
         table.add_row(task.name, task.kind, answers, ", ".join(task.metrics), task.description)
-    Console().print(table)
+    _console().print(table)
     return 0
 
 
@@ -127,7 +142,7 @@ def report(arguments: Sequence[str]) -> int:
 
 def doctor(arguments: Sequence[str]) -> int:
     """Describe the installation and the machine."""
-    parser = argparse.ArgumentParser(prog="unolora doctor", description=COMMANDS["doctor"])
+    parser = _Parser(prog="unolora doctor", description=COMMANDS["doctor"])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     from unolora.doctor import examine
@@ -139,16 +154,17 @@ def doctor(arguments: Sequence[str]) -> int:
     table = Table(show_header=False)
     for name, value in found.items():
         table.add_row(name, value)
-    Console().print(table)
+    _console().print(table)
     return 0
 
 
 def _train_settings(arguments: list[str]) -> tuple[run_settings.Settings, Path | None, bool]:
     """Read the YAML file and the flags of `unolora train`: (settings, the file's folder, whether to resume)."""
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
     from unolora import runs
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="unolora train",
         usage="unolora train CONFIG.yaml [--section.name VALUE ...] | unolora train --resume RUN",
@@ -161,53 +177,62 @@ def _train_settings(arguments: list[str]) -> tuple[run_settings.Settings, Path |
     if arguments and not arguments[0].startswith("-"):
         arguments[:1] = ["--config", arguments[0]]
     root, name = None, "run"
-    if "--config" in arguments[:-1]:
-        path = Path(arguments[arguments.index("--config") + 1])
+    for path in _config_files(arguments):
         run_settings.check_keys(runs.read_yaml(path))  # with near misses, which the parser does not have
-        root, name = path.parent, path.parent.name if path.stem == "config" else path.stem
+        root, name = path.parent, path.resolve().parent.name if path.stem == "config" else path.stem
     try:
         found = parser.parse_args(arguments).as_dict()
     except (ArgumentError, TypeError) as error:
         raise InputError(_one_line(error, [action.dest for action in parser._actions])) from error
-    if found.pop("resume") is not None:
-        return _resumed(arguments)
+    resume = found.pop("resume")
+    if resume is not None:
+        if len(arguments) > 2 or not arguments[0].startswith("--resume"):
+            raise InputError("--resume takes the run folder and nothing else: a run goes on with its own settings")
+        settings = runs.read_settings(Path(resume))
+        settings.output = resume
+        return settings, None, True
     found.pop("config")
     settings = run_settings.from_dict(found)
     settings.output = settings.output or str(Path("runs", name))
     return settings, root, False
 
 
-def _resumed(arguments: list[str]) -> tuple[run_settings.Settings, Path | None, bool]:
-    from unolora import runs
-
-    if len(arguments) != 2 or arguments[0] != "--resume":
-        raise InputError("--resume takes the run folder and nothing else: a run goes on with its own settings")
-    folder = Path(arguments[1])
-    settings = runs.read_settings(folder)
-    settings.output = str(folder)
-    return settings, None, True
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    after = [value for flag, value in itertools.pairwise(arguments) if flag == "--config"]
+    joined = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    return [Path(name) for name in after + joined]
 
 
 def _one_line(error: Exception, known: Sequence[str]) -> str:
     text = " ".join(str(error).split())
-    odd = next((word for word in text.split() if word.startswith("--")), None)
-    return text + (did_you_mean(odd.lstrip("-").partition("=")[0], known) if odd else "")
+    words = [word.lstrip("-").partition("=")[0].rstrip(":") for word in text.split() if word.startswith("--")]
+    return text + (did_you_mean(words[0], known) if words and words[0] not in known else "")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others here."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+        raise InputError(f"{_one_line(ValueError(message), known)}; see `{self.prog} --help`")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"unolora {command}", description=COMMANDS[command])
+    parser = _Parser(prog=f"unolora {command}", description=COMMANDS[command])
     parser.add_argument("run", type=Path, help="run folder")
     return parser
 
 
-def _lines(path: Path | None) -> Iterator[str]:
+def _lines(path: Path | None) -> list[str]:
     try:
-        text = sys.stdin.read() if path is None else path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
+        data = sys.stdin.buffer.read() if path is None else path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path or 'standard input'}: not UTF-8 at byte {error.start}") from error
-    return (line for line in text.splitlines() if line.strip())
+    # Not splitlines(), which also cuts at U+2028 and others; empty lines count, so that answers stay beside inputs.
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
 def _scores(results: Sequence[dict[str, Any]]) -> Table:
@@ -220,6 +245,16 @@ def _scores(results: Sequence[dict[str, Any]]) -> Table:
     averages = [f"{found['averages']['mean_of_first_metrics']['test']:.3f}" for found in results]
     table.add_row("mean of first metrics", "", "", *averages)
     return table
+
+
+def _console() -> Console:
+    """A console that prints text as it is: a path or a label may hold what rich takes for markup."""
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # `main` knows what to do
+
+    return Plain(markup=False, emoji=False, highlight=False)
 
 
 def _quiet_libraries() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data import Sampler as TorchSampler
 
+from unolora.errors import InputError
 from unolora.sampling import Sampler
 from unolora.tasks.rows import Rows
 
@@ -37,7 +38,14 @@ class Encoded:
 
 
 def encode(rows: Rows, tokenizer: Any, max_length: int) -> Encoded:
-    """Tokenize the rows; a row of two texts becomes a pair. Longer inputs are cut to `max_length` tokens."""
+    """Tokenize the rows; a row of two texts becomes a pair. Longer inputs are cut to `max_length` tokens.
+
+    Raises:
+        InputError: A text holds half a surrogate pair, as a cut emoji or a byte that is not UTF-8 leaves behind.
+    """
+    for text in (text for texts in rows.texts for text in texts):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"a text is not valid Unicode: {text[:60]!r}; save it as UTF-8")
     first = [texts[0] for texts in rows.texts]
     second = [texts[1] for texts in rows.texts] if rows.texts and len(rows.texts[0]) == 2 else None
     out = tokenizer(first, second, truncation=True, max_length=max_length, return_attention_mask=False)
@@ -47,14 +55,17 @@ def encode(rows: Rows, tokenizer: Any, max_length: int) -> Encoded:
 class Collator:
     """Pad rows to the longest of the batch, and no further.
 
+    Padding goes to the right whatever the tokenizer says: on the left it would shift the positions of decoders such as
+    GPT-2, and so depend on the neighbours in the batch.
+
     Args:
-        tokenizer: The backbone's; it knows the padding side and token.
+        tokenizer: The backbone's; it knows the padding token.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         if tokenizer.pad_token is None:  # decoder-only models often have none; the mask hides what it is
-            tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
     def __call__(self, rows: Sequence[tuple[int, Encoded, int]]) -> dict[str, Tensor]:
         """Make one batch.
@@ -68,7 +79,9 @@ class Collator:
         """
         names = rows[0][1].inputs
         batch = self.tokenizer.pad(
-            {name: [split.inputs[name][i] for _, split, i in rows] for name in names}, return_tensors="pt"
+            {name: [split.inputs[name][i] for _, split, i in rows] for name in names},
+            padding_side="right",
+            return_tensors="pt",
         )
         batch["tasks"] = torch.tensor([task for task, _, _ in rows])
         batch["labels"] = torch.tensor([float(split.targets[i]) for _, split, i in rows])
@@ -101,6 +114,9 @@ class TrainingBatches(TorchSampler[list[tuple[int, int]]]):
         start: Function that returns the step to begin at; asked when iteration begins.
         accumulation: Micro-batches of a step.
         rank, world_size: This process among all.
+
+    Raises:
+        InputError: A step's batch can't be cut into equal parts; unequal ones would weigh rows differently.
     """
 
     def __init__(
@@ -116,6 +132,11 @@ class TrainingBatches(TorchSampler[list[tuple[int, int]]]):
     ) -> None:
         self.sampler, self.lengths, self.steps, self.start = sampler, lengths, steps, start
         self.accumulation, self.rank, self.world_size = accumulation, rank, world_size
+        if sampler.batch_size % (accumulation * world_size):
+            raise InputError(
+                f"`training.batch_size` {sampler.batch_size} can't be cut into equal parts for {world_size} processes "
+                f"with a `gradient_accumulation` of {accumulation}; choose a multiple of {accumulation * world_size}"
+            )
 
     def __len__(self) -> int:
         return self.steps * self.accumulation

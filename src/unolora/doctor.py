@@ -18,7 +18,7 @@ def examine() -> dict[str, str]:
 
     from unolora.tasks.download import cache_folder
 
-    found = {name: importlib.metadata.version(name) for name in CORE}
+    found = {name: _version(name) for name in CORE}
     found["python"] = platform.python_version()
     found["platform"] = platform.platform()
     found["device"] = _device()
@@ -35,6 +35,13 @@ def examine() -> dict[str, str]:
         ", ".join(f"{name} (pip install 'unolora[{extra}]')" for name, extra in missing.items()) or "nothing"
     )
     return found
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing: pip install unolora"
 
 
 def _device() -> str:

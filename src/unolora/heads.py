@@ -37,7 +37,10 @@ class TaskHeads(nn.Module):
     def __init__(self, width: int, tasks: Sequence[Task], moments: Mapping[str, tuple[float, float]]) -> None:
         super().__init__()
         outputs = [len(task.labels) if task.kind == "classification" else 1 for task in tasks]
-        self.linear = nn.ModuleDict({task.name: nn.Linear(width, n) for task, n in zip(tasks, outputs, strict=True)})
+        # With a prefix, since a module's own names (`values`, `type`) can't be keys, but can be tasks.
+        self.linear = nn.ModuleDict(
+            {f"task_{task.name}": nn.Linear(width, n) for task, n in zip(tasks, outputs, strict=True)}
+        )
         columns = torch.full((len(tasks), max(outputs)), -1)
         for k, n in enumerate(outputs):
             columns[k, :n] = torch.arange(n) + sum(outputs[:k])
@@ -49,10 +52,11 @@ class TaskHeads(nn.Module):
 
     def forward(self, pooled: Tensor, tasks: Tensor) -> Tensor:
         """Map pooled states [B, D] to logits [B, C] of each row's task; columns that it lacks are -inf."""
-        weight = torch.cat([head.weight for head in self.linear.values()])  # [sum C, D]
-        bias = torch.cat([head.bias for head in self.linear.values()])  #     [sum C]
-        laid_out = F.linear(pooled, weight, bias).float()  #                  [B, sum C]
-        columns = self.columns[tasks]  #                                      [B, C]
+        heads = self.linear.values()
+        weight = torch.cat([head.get_parameter("weight") for head in heads])  # [sum C, D]
+        bias = torch.cat([head.get_parameter("bias") for head in heads])  #     [sum C]
+        laid_out = F.linear(pooled, weight, bias).float()  #                    [B, sum C]
+        columns = self.columns[tasks]  #                                        [B, C]
         return laid_out.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -torch.inf)
 
     def losses(self, logits: Tensor, tasks: Tensor, labels: Tensor) -> Tensor:

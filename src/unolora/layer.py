@@ -30,8 +30,9 @@ from unolora.errors import InputError
 class _Current(threading.local):
     """The scales of the forward that runs in this thread: adapter name -> [B, P, R]."""
 
-    scales: Mapping[str, Tensor] | None = None
-    owner: object | None = None
+    def __init__(self) -> None:  # once in each thread
+        self.scales: Mapping[str, Tensor] | None = None
+        self.owner: object | None = None
 
 
 _current = _Current()

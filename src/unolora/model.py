@@ -16,6 +16,7 @@ import functools
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
@@ -125,13 +126,18 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
     uses_shared_state = True
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        earlier = getattr(model, "forward", None)
+        if isinstance(earlier, Conditioned):  # its loading failed, or a notebook's cell runs again
+            warnings.warn(
+                "the backbone was adapted before; those adapters are taken out of it (`add_adapter` and `load_adapter` "
+                "put several into one model)",
+                stacklevel=2,
+            )
+            earlier.tuner.unload()
         super().__init__(model, peft_config, adapter_name, **kwargs)
         for name in ("forward", "generate"):
-            method = getattr(model, name, None)
-            if isinstance(method, Conditioned):
-                method = method.method  # of an earlier tuner, whose loading failed
-            if method is not None:
-                setattr(model, name, Conditioned(self, method, generates=name == "generate"))
+            if hasattr(model, name):
+                setattr(model, name, Conditioned(self, getattr(model, name), generates=name == "generate"))
 
     # --- injection ---------------------------------------------------------------------------------------------
 
@@ -145,7 +151,10 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
         _check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
         d_s = _sample_dim(model, config) if config.conditioning == "task+sample" else None
+        trained = [(parameter, parameter.requires_grad) for parameter in self.uno_hypernetwork.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for parameter, requires_grad in trained:  # PEFT does as much for what is in the layers
+            parameter.requires_grad = requires_grad
         self._checkpointing_modules = [
             module for module in model.modules() if hasattr(module, "gradient_checkpointing")
         ]
@@ -498,14 +507,10 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
-        # PEFT has dropped all that has another adapter's name in its path; a projection may be called the same.
-        for key, value in adapter_state(model.base_model, adapter_name).items():
-            if not set(key.split(".")).isdisjoint(unwanted_adapter_names):
-                state.setdefault(key, value)
-        return state
+        # PEFT has dropped from `state_dict` all that has another adapter's name in its path, where a projection may be
+        # called the same.
+        own = adapter_state(model.base_model, adapter_name)
+        return {key: state_dict.get(key, value) for key, value in own.items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -529,17 +534,23 @@ class Conditioned:
 
     def __init__(self, tuner: UnoLoraModel, method: Callable[..., Any], *, generates: bool) -> None:
         self.tuner, self.method, self.generates = tuner, method, generates
-        functools.update_wrapper(self, method)
-        signature = inspect.signature(method)
-        self.names = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        self.__name__, self.__doc__ = method.__name__, method.__doc__
+        parameters = inspect.signature(method).parameters.values()
+        self.names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
         self.known = {*self.names, *(inspect.signature(tuner.model.forward).parameters if generates else ())}
-        # The Trainer keeps the columns that the signature names, and so `tasks`.
-        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in MORE_ARGUMENTS]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The method's, and ours: the Trainer keeps the columns that it names, and so `tasks`."""
+        signature = inspect.signature(self.method)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-        self.__signature__ = signature.replace(parameters=own + more + rest)
+        names = [name for name in MORE_ARGUMENTS if name not in signature.parameters]
+        more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+        return signature.replace(parameters=own + more + rest)
 
     def __call__(self, *args: Any, tasks: Any = None, sample_mask: Any = None, **kwargs: Any) -> Any:
+        """Call the method with the scales of these tasks and inputs set."""
         for name in kwargs:
             if name not in self.known:  # the backbone would swallow it silently
                 for ours in MORE_ARGUMENTS:
@@ -547,11 +558,13 @@ class Conditioned:
                         raise TypeError(f"unexpected argument {name!r}; did you mean {ours!r}?")
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.generates:
-            inputs = self._of_generate(args, inputs)
+            inputs = self._of_generate(inputs)
+        if tasks is not None and "tasks" in self.names:
+            kwargs["tasks"] = tasks  # the backbone has a use for them too, as one with a head for each task
         with self.tuner._conditioned(tasks, sample_mask, inputs):
             return self.method(*args, **kwargs)
 
-    def _of_generate(self, args: Sequence[Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    def _of_generate(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Name what `generate` got as `forward` would; without a mask, leave padding out as `generate` does."""
         main = getattr(self.tuner.model, "main_input_name", "input_ids")
         if inputs.get("inputs") is not None:
@@ -672,7 +685,7 @@ def check_state(tuner: UnoLoraModel, adapter_name: str, state: Mapping[str, Tens
     def refuse(what: str, expected: object, found: object, fix: str) -> CheckpointError:
         return CheckpointError(f"{source}: {what}: expected {expected}, found {found}; {fix}")
 
-    conditionings = _conditioning(own, prefix), _conditioning(state, prefix)
+    conditionings = _conditioning(own), _conditioning(state)
     if conditionings[0] != conditionings[1]:
         raise refuse("another conditioning", *conditionings, "use the settings that it was trained with")
     if f"{prefix}rows" in state:
@@ -806,11 +819,12 @@ def _batch_size(inputs: Mapping[str, Any]) -> int | None:
     return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), None)
 
 
-def _conditioning(state: Mapping[str, Tensor], prefix: str) -> str:
+def _conditioning(state: Mapping[str, Tensor]) -> str:
     """Tell the conditioning from the hypernetwork's keys."""
-    if f"{prefix}rows" not in state:
+    keys = [key for key in state if key.startswith("base_model.uno_hypernetwork.")]
+    if not keys:
         return "none"
-    return "task+sample" if any(key.startswith(f"{prefix}bottleneck.") for key in state) else "task"
+    return "task+sample" if any(key.endswith(".bottleneck.0.weight") for key in keys) else "task"
 
 
 def _passengers(tuner: UnoLoraModel, adapter_name: str) -> set[str]:

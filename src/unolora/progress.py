@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Bar(TrainerCallback):  # type: ignore[misc]
+class Bar(TrainerCallback):
     """Shows one method's training on a console; a console that is no terminal gets a line at each log instead.
 
     Args:
@@ -62,4 +62,8 @@ class Bar(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the finished bar."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Give the terminal back, also after an error, which the Trainer does not tell its callbacks."""
         self.progress.stop()

@@ -16,7 +16,6 @@ import gzip
 import html
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import jinja2
 
+from unolora.atomic import write_text
 from unolora.errors import InputError
 
 Number = int | float
@@ -568,19 +568,6 @@ def _page(run: _Run, rivals: Sequence[_Run], config: str, environment: Mapping[s
     )
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write `path` so that a reader finds the old page or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_report(run: Path) -> Path:
     """Write `report.html` into a run folder and return its path.
 
@@ -604,5 +591,5 @@ def write_report(run: Path) -> Path:
     path = run / "environment.json"
     environment = _mapping(_text(path, "the environment of a run"), str(path))
     report = run / "report.html"
-    _replace(report, _page(this, rivals, config, environment))
+    write_text(report, _page(this, rivals, config, environment))
     return report

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -29,6 +30,7 @@ from unolora.heads import MultiTaskModel, TaskHeads
 from unolora.methods import METHODS, label
 from unolora.settings import Settings
 from unolora.tasks import Task
+from unolora.tasks.files import one_line
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Run:
         return names.index(name)
 
 
-def load_backbone(name: str) -> tuple[nn.Module, Any]:
+def load_backbone(name: str) -> tuple[Any, Any]:
     """Load a frozen encoder and its tokenizer.
 
     Args:
@@ -76,7 +78,7 @@ def load_backbone(name: str) -> tuple[nn.Module, Any]:
 
     from unolora.tasks.download import minilm_folder
 
-    path = str(minilm_folder()) if name == "minilm" else name
+    path = str(minilm_folder()) if name == "minilm" else os.path.expanduser(name)
     if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") > 1):
         raise InputError(f"backbone {name!r}: no such folder; give a folder with config.json, a hub id, or 'minilm'")
     try:
@@ -88,11 +90,14 @@ def load_backbone(name: str) -> tuple[nn.Module, Any]:
             )
         tokenizer = AutoTokenizer.from_pretrained(path)
         backbone = AutoModel.from_pretrained(path, config=config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"backbone {name!r} can't be loaded: {first} Give a folder, a hub id, or 'minilm'") from error
+    except InputError:
+        raise
+    except Exception as error:  # the loaders raise a dozen unrelated types, from OSError to those of tokenizers
+        raise InputError(
+            f"backbone {name!r} can't be loaded: {one_line(error)}; give a folder, a hub id, or 'minilm'"
+        ) from error
+    if not isinstance(getattr(backbone.config, "hidden_size", None), int):
+        raise InputError(f"backbone {name!r} does not say how wide its states are (`hidden_size`); choose another")
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None  # the heads take the mean over tokens
     return backbone.requires_grad_(False), tokenizer
@@ -105,12 +110,33 @@ def build(
 
     Returns:
         The model and the tokenizer.
+
+    Raises:
+        InputError: The backbone can't be loaded, or the method does not fit it.
     """
     backbone, tokenizer = load_backbone(settings.backbone)
+    _check_length(settings, backbone)
     torch.manual_seed(settings.training.seed)
     heads = TaskHeads(backbone.config.hidden_size, tasks, moments)
-    encoder = METHODS[method](backbone, [task.name for task in tasks], settings.adapter)
+    try:
+        encoder = METHODS[method](backbone, [task.name for task in tasks], settings.adapter)
+    except InputError:
+        raise
+    except (ValueError, re.error) as error:  # of PEFT, or of a `target_modules` that is no regular expression
+        raise InputError(f"method {method!r} does not fit {settings.backbone!r}: {one_line(error)}") from error
     return MultiTaskModel(encoder, heads), tokenizer
+
+
+def _check_length(settings: Settings, backbone: Any) -> None:
+    """Refuse inputs that are longer than the backbone's table of positions."""
+    positions = getattr(backbone.config, "max_position_embeddings", None)
+    for name, module in backbone.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1  # RoBERTa counts from there
+    if positions and settings.data.max_length > positions:
+        raise InputError(
+            f"`data.max_length` is {settings.data.max_length}, but {settings.backbone!r} takes {positions} tokens"
+        )
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -128,20 +154,23 @@ def load_state(model: nn.Module, found: Mapping[str, torch.Tensor], source: Path
     Raises:
         CheckpointError: The names or shapes differ.
     """
-    own = state(model)
-    if set(own) != set(found) or any(own[name].shape != found[name].shape for name in own):
-        odd = sorted(set(own) ^ set(found)) or [n for n in own if own[n].shape != found[n].shape]
+    _check_same(source, state(model), found)
+    model.load_state_dict(found, strict=False)
+
+
+def _check_same(source: Path, own: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    odd = sorted(set(own) ^ set(found)) or [name for name in own if own[name].shape != found[name].shape]
+    if odd:
         raise CheckpointError(
             f"{source}: expected the {len(own)} tensors of these settings, found {len(found)}; they differ in "
-            f"{', '.join(odd[:3])}; resume with the settings that it was written with"
+            f"{', '.join(odd[:3])}; it goes with the settings that it was written with"
         )
-    model.load_state_dict(found, strict=False)
 
 
 def save_adapter(model: MultiTaskModel, settings: Settings, method: str, tasks: Sequence[Task], folder: Path) -> None:
     """Write a trained model as `folder`, whole or not at all."""
     with new_folder(folder) as temporary:
-        inner = getattr(model.encoder, "backbone", model.encoder)
+        inner: Any = getattr(model.encoder, "backbone", model.encoder)
         if method != "heads-only":
             inner.save_pretrained(temporary)
         save_file(
@@ -175,24 +204,41 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     try:
         model.heads.load_state_dict(heads)
     except RuntimeError as error:
-        raise CheckpointError(f"{adapter / 'heads.safetensors'}: does not fit tasks.json beside it: {error}") from error
+        raise CheckpointError(
+            f"{adapter / 'heads.safetensors'}: does not fit tasks.json beside it: {one_line(error)}"
+        ) from error
     _load_encoder(model, settings.method, adapter)
     return Run(path, settings, tasks, model.eval(), tokenizer)
 
 
 def _load_encoder(model: MultiTaskModel, method: str, adapter: Path) -> None:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-    encoder = getattr(model.encoder, "backbone", model.encoder)
-    if isinstance(encoder, PeftModel):
+    encoder: Any = getattr(model.encoder, "backbone", model.encoder)
+    if method == "unolora":
+        check_weights_file(adapter / "adapter_model.safetensors")
+        encoder.peft_config["default"].source = str(adapter / "adapter_model.safetensors")
+        encoder.load_adapter(adapter, "default", torch_device="cpu")
+    elif isinstance(encoder, PeftModel):
         for name in list(encoder.peft_config):
-            folder = adapter if name == "default" else adapter / name
-            if method == "unolora":
-                check_weights_file(folder / "adapter_model.safetensors")
-                encoder.peft_config[name].source = str(folder / "adapter_model.safetensors")
-            encoder.load_adapter(folder, name, torch_device="cpu")
+            path = (adapter if name == "default" else adapter / name) / "adapter_model.safetensors"
+            found = _tensors(path)
+            _check_same(path, get_peft_model_state_dict(encoder, adapter_name=name), found)  # PEFT only warns
+            set_peft_model_state_dict(encoder, found, adapter_name=name)
     elif method == "full":
-        encoder.load_state_dict(_tensors(adapter / "model.safetensors"))
+        _load_full(encoder, adapter)
+
+
+def _load_full(backbone: Any, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    try:  # by the host, which may have other names on disk than in memory
+        loaded, info = type(backbone).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # a dozen unrelated types
+        raise CheckpointError(f"{path}: can't be read: {one_line(error)}") from error
+    missing = sorted(name for name in info["missing_keys"] if name in backbone.state_dict())
+    if missing:
+        raise CheckpointError(f"{path}: expected the whole backbone, {len(missing)} tensors lack, such as {missing[0]}")
+    backbone.load_state_dict({name: value for name, value in loaded.state_dict().items() if "pooler" not in name})
 
 
 def read_settings(folder: Path) -> Settings:
@@ -215,10 +261,12 @@ def read_yaml(path: Path, what: str = "give a YAML file") -> dict[str, Any]:
         raise InputError(f"{path}: no such file; {what}{f' (there: {near[:5]})' if near else ''}")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path}: not YAML: {one_line(error)}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
     return data
@@ -232,9 +280,13 @@ def read_tasks(path: Path) -> list[Task]:
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        return [Task.from_dict({k: v for k, v in row.items() if k != "row"}) for row in rows]
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: expected the list of tasks that a run writes: {error}") from error
+        tasks = [Task.from_dict({k: v for k, v in row.items() if k != "row"}) for row in rows]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path}: expected the list of tasks that a run writes: {reason}") from error
+    if not tasks:
+        raise CheckpointError(f"{path}: expected the list of tasks that a run writes, found none")
+    return tasks
 
 
 def environment() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from unolora.errors import InputError
 from unolora.heads import MultiTaskModel
 from unolora.runs import Run
 from unolora.tasks import Task
-from unolora.tasks.rows import Rows
+from unolora.tasks.rows import Rows, load
 
 
 @torch.no_grad()
@@ -29,6 +30,9 @@ def logits(
         rows: Of each its task's row, its split, and its place there.
         collate: Pads a batch.
         batch_size: Rows of a forward; it does not change the result beyond rounding.
+
+    Raises:
+        InputError: The outputs are not finite, as after a training that diverged.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][1].inputs["input_ids"][rows[i][2]]))
@@ -41,7 +45,10 @@ def logits(
         parts.append(model(**{name: value.to(device) for name, value in batch.items()})["logits"].cpu())
     model.train(was_training)
     back = torch.tensor(order).argsort()
-    return torch.cat(parts)[back]
+    found = torch.cat(parts)[back]
+    if not found[:, 0].isfinite().all():  # the others are -inf where a task has fewer labels
+        raise InputError("the model's outputs are not finite: training diverged; try a lower `training.learning_rate`")
+    return found
 
 
 def predictions(
@@ -73,16 +80,18 @@ def evaluate(
 
 
 def evaluate_run(run: Run, split: str) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-    """Score a loaded run on a split of the data that its settings name.
+    """Score a loaded run on a split of the data that its tasks name.
 
     Returns:
         For each task its metrics, and its number of rows.
-    """
-    from unolora.training import load_data
 
-    data = load_data(run.settings)
-    length = run.settings.data.max_length
-    splits = {row: encode(d.splits[split], run.tokenizer, length) for row, d in enumerate(data)}
+    Raises:
+        InputError: The data can't be read any more, or holds labels that the run does not know.
+    """
+    settings = run.settings.data
+    root = None if settings.root is None else Path(settings.root)
+    data = [load(task, root=root, limit=settings.limit) for task in run.tasks]  # with the labels of the training
+    splits = {row: encode(d.splits[split], run.tokenizer, settings.max_length) for row, d in enumerate(data)}
     scores = evaluate(run.model, run.tasks, splits, Collator(run.tokenizer))
     return scores, {task.name: len(splits[row]) for row, task in enumerate(run.tasks)}
 
@@ -108,7 +117,8 @@ def predict_texts(
     spec = run.tasks[row]
     for place, texts in enumerate(inputs):
         if len(texts) != len(spec.template):
-            raise InputError(f"input {place + 1}: task {task!r} takes {len(spec.template)} texts, got {len(texts)}")
+            takes = "one text" if len(spec.template) == 1 else "two texts"
+            raise InputError(f"input {place + 1}: task {task!r} takes {takes}, got {len(texts)}")
     if not inputs:
         return
     split = encode(Rows(list(inputs), np.zeros(len(inputs))), run.tokenizer, run.settings.data.max_length)

@@ -5,8 +5,10 @@ Each field's docstring is its `--help`. A value that makes no sense is refused h
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from unolora.errors import InputError, unknown
 from unolora.sampling import STRATEGIES
@@ -43,6 +45,7 @@ class Adapter:
     def __post_init__(self) -> None:
         from unolora.config import check_adapter
 
+        _check_types(self)
         check_adapter(self)
 
 
@@ -58,9 +61,9 @@ class Data:
     """at most this many rows of each split, for trying things out"""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _at_least(self, 4, "max_length")
-        if self.limit is not None:
-            _at_least(self, 1, "limit")
+        _at_least(self, 1, "limit")
 
 
 @dataclass
@@ -77,8 +80,11 @@ class Sampling:
     """whether a batch mixes tasks, or holds one"""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.strategy not in STRATEGIES:
             raise unknown("sampling.strategy", self.strategy, STRATEGIES)
+        _above_zero(self, "temperature")
+        _at_least(self, 1, "limit")
 
 
 @dataclass
@@ -117,14 +123,13 @@ class Training:
     """the Trainer's integrations to log to as well, e.g. tensorboard, wandb, mlflow, trackio"""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         names = ("steps", "batch_size", "gradient_accumulation", "evaluate_every", "log_every", "keep_checkpoints")
-        _at_least(self, 1, *names)
-        _at_least(self, 0, "warmup_steps", "seed")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"`training.{name}` must be above 0, got {getattr(self, name)!r}")
-        if not self.weight_decay >= 0:
-            raise InputError(f"`training.weight_decay` must be at least 0, got {self.weight_decay!r}")
+        _at_least(self, 1, *names, "checkpoint_every")
+        _at_least(self, 0, "warmup_steps", "seed", "weight_decay")
+        _above_zero(self, "learning_rate", "max_grad_norm")
+        if self.seed >= 2**32:
+            raise InputError(f"`training.seed` must be below 2^32, which is all that NumPy takes, got {self.seed}")
         if self.schedule not in SCHEDULES:
             raise unknown("training.schedule", self.schedule, SCHEDULES)
         if self.precision not in PRECISIONS:
@@ -134,9 +139,6 @@ class Training:
                 f"`training.batch_size` {self.batch_size} can't be cut into {self.gradient_accumulation} equal parts; "
                 "choose a `gradient_accumulation` that divides it"
             )
-        if self.checkpoint_every is None:
-            self.checkpoint_every = self.evaluate_every
-        _at_least(self, 1, "checkpoint_every")
 
 
 @dataclass
@@ -167,6 +169,7 @@ class Settings:
     def __post_init__(self) -> None:
         from unolora.methods import METHODS
 
+        _check_types(self)
         for method in [self.method, *self.baselines]:
             if method not in METHODS:
                 raise unknown("method", method, METHODS)
@@ -213,9 +216,42 @@ def _check(cls: type[Any], data: Any, where: str) -> None:
             raise unknown("setting", f"{where}{key}", known)
 
 
+def _check_types(settings: Any) -> None:
+    """Refuse a value of another type than its field's: YAML's `fast` or `[1]` where a number belongs."""
+    hints = get_type_hints(type(settings))
+    for name in (f.name for f in fields(settings)):
+        value, hint = getattr(settings, name), hints[name]
+        if not _fits(value, hint):
+            spelled = (
+                hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+            )
+            raise InputError(f"{_spell(settings, name)} must be of type {spelled}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
+
+
 def _at_least(settings: Any, least: int, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            section = type(settings).__name__.lower()
-            raise InputError(f"`{section}.{name}` must be a whole number of at least {least}, got {value!r}")
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"{_spell(settings, name)} must be at least {least}, got {value!r}")
+
+
+def _above_zero(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not 0 < value < math.inf:  # written so that NaN is refused too
+            raise InputError(f"{_spell(settings, name)} must be a number above 0, got {value!r}")
+
+
+def _spell(settings: Any, name: str) -> str:
+    section = type(settings).__name__.lower()
+    return f"`{section}.{name}`" if section in SECTIONS else f"`{name}`"

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -30,7 +31,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from unolora import metrics, runs, scoring
-from unolora.atomic import new_folder, write_json
+from unolora.atomic import explained, new_folder, write_json, write_text
 from unolora.data import Collator, Encoded, TaskRows, TrainingBatches, encode
 from unolora.errors import CheckpointError, InputError
 from unolora.heads import MultiTaskModel
@@ -42,12 +43,21 @@ from unolora.tasks import Task, rows
 logger = logging.getLogger(__name__)
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  # nothing went wrong
     """Training stopped on a signal, after writing a checkpoint; `folder` is the run to resume."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        super().__init__(f"stopped at step {step}; go on with `unolora train --resume {folder}`")
+        super().__init__(f"stopped at step {step}; {how_to_go_on(folder)}")
         self.folder, self.step = folder, step
+
+
+def how_to_go_on(folder: Path) -> str:
+    """Say the command that goes on with a run."""
+    return f"go on with `unolora train --resume {shlex.quote(str(folder))}`"
+
+
+Splits = Mapping[str, Mapping[int, Encoded]]
+"""Split -> task row -> its tokens."""
 
 
 def train(settings: Settings, *, root: Path | None = None, resume: bool = False, progress: Any = None) -> Path:
@@ -68,12 +78,21 @@ def train(settings: Settings, *, root: Path | None = None, resume: bool = False,
     """
     folder = Path(settings.output or "runs/run")
     _check_folder(folder, settings, resume)
+    _check_integrations(settings)
     data = load_data(settings, root)
-    built = _build(settings, settings.method, data)  # what can't be built is known before anything is written
+    model, tokenizer = _build(settings, settings.method, data)  # what can't be built or read is known before
+    splits = _encode(settings, data, tokenizer)  #                anything is written
     _prepare_folder(folder, settings, root, resume)
-    _train_method(settings, settings.method, data, folder, progress, built)
-    for method in settings.baselines:
-        _train_method(settings, method, data, folder / "baselines" / method, progress)
+    built = {settings.method: model}
+    for method in [settings.method, *settings.baselines]:
+        own = folder if method == settings.method else folder / "baselines" / method
+        if (own / "results.json").is_file():  # it was finished before the run was stopped
+            shutil.rmtree(own / "checkpoints", ignore_errors=True)
+            continue
+        model = built.pop(method) if method in built else _build(settings, method, data)[0]
+        stopped = _train_method(settings, method, model, data, splits, Collator(tokenizer), own, progress)
+        if stopped is not None:
+            raise Interrupted(folder, stopped)
     from unolora.report import write_report
 
     write_report(folder)
@@ -95,26 +114,42 @@ def load_data(settings: Settings, root: Path | None = None) -> list[rows.TaskDat
 def _check_folder(folder: Path, settings: Settings, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another `output`")
-    if resume or not folder.is_dir() or not any(folder.iterdir()):
+    if resume:
+        _check_settings(folder, _fingerprint(runs.read_settings(folder)), settings)
+    elif not folder.is_dir() or not any(folder.iterdir()):
         return
-    if not settings.overwrite:
-        raise InputError(
-            f"{folder} already holds a run; choose another `output`, set `overwrite`, or go on with "
-            f"`unolora train --resume {folder}`"
-        )
-    if not (folder / "config.yaml").is_file():
+    elif not (folder / "config.yaml").is_file():
         raise InputError(f"{folder} holds other files and no run; it is not overwritten, choose another `output`")
+    elif not settings.overwrite:
+        raise InputError(
+            f"{folder} already holds a run; choose another `output`, set `overwrite`, or {how_to_go_on(folder)}"
+        )
+
+
+def _check_integrations(settings: Settings) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    here = get_available_reporting_integrations()
+    for name in settings.training.report_to:
+        if name not in here:
+            raise InputError(
+                f"`training.report_to` names {name!r}, which is not known or not installed; installed are: "
+                f"{', '.join(here) or 'none'}"
+            )
 
 
 def _prepare_folder(folder: Path, settings: Settings, root: Path | None, resume: bool) -> None:
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        if root is not None and settings.data.root is None:
-            settings = replace(settings, data=replace(settings.data, root=str(root.resolve())))
-        with new_folder(folder) as temporary:
-            config = yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True)
-            (temporary / "config.yaml").write_text(config, encoding="utf-8")
-    write_json(folder / "environment.json", runs.environment())
+    if resume:
+        write_json(folder / "environment.json", runs.environment())
+        return
+    start = Path(settings.data.root or root or ".").resolve()  # the run is read from other working folders as well
+    settings = replace(settings, data=replace(settings.data, root=str(start)))
+    config = yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True)
+    # An empty folder is filled, not replaced: it may be a mount point, or the working folder.
+    empty = folder.is_dir() and not any(folder.iterdir())
+    with nullcontext(folder) if empty else new_folder(folder) as inside:
+        write_json(inside / "environment.json", runs.environment())
+        write_text(inside / "config.yaml", config)
 
 
 def _build(settings: Settings, method: str, data: Sequence[rows.TaskData]) -> tuple[MultiTaskModel, Any]:
@@ -122,36 +157,43 @@ def _build(settings: Settings, method: str, data: Sequence[rows.TaskData]) -> tu
     return runs.build(settings, method, [d.task for d in data], moments)
 
 
+def _encode(settings: Settings, data: Sequence[rows.TaskData], tokenizer: Any) -> Splits:
+    splits: dict[str, dict[int, Encoded]] = {"train": {}, "validation": {}, "test": {}}
+    for row, d in enumerate(data):
+        try:
+            for name in splits:
+                splits[name][row] = encode(d.splits[name], tokenizer, settings.data.max_length)
+        except InputError as error:
+            raise InputError(f"task {d.task.name!r}: {error}") from error
+    return splits
+
+
 def _train_method(
     settings: Settings,
     method: str,
+    model: MultiTaskModel,
     data: Sequence[rows.TaskData],
+    splits: Splits,
+    collate: Collator,
     folder: Path,
     progress: Any,
-    built: tuple[MultiTaskModel, Any] | None = None,
-) -> None:
-    if (folder / "results.json").is_file():
-        return  # it was finished before the run was stopped
-    folder.mkdir(parents=True, exist_ok=True)
+) -> int | None:
+    """Train one method and write its folder; if a signal stopped it, return the step."""
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     tasks = [d.task for d in data]
-    model, tokenizer = built or _build(settings, method, data)
-    splits = {
-        name: {row: encode(d.splits[name], tokenizer, settings.data.max_length) for row, d in enumerate(data)}
-        for name in ("train", "validation", "test")
-    }
-    collate = Collator(tokenizer)
     trainer = MultiTaskTrainer(model, settings, tasks, splits, collate, folder)
     if progress is not None:
         trainer.add_callback(progress(label(method, settings.adapter), trainer))
     checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a start that did not get to its first checkpoint
     with _stop_on_signal(trainer):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.stopped:
-        raise Interrupted(
-            folder.parent.parent if folder.parent.name == "baselines" else folder, trainer.state.global_step
-        )
+        return int(trainer.state.global_step)
     runs.load_state(model, _load(trainer.best / "weights.safetensors"), trainer.best)
-    best = json.loads((trainer.best / "state.json").read_text(encoding="utf-8"))
+    best = _read_json(trainer.best / "state.json", "step", "validation")
     scores = {
         "validation": best["validation"],
         "test": scoring.evaluate(model, tasks, splits["test"], collate),
@@ -159,9 +201,10 @@ def _train_method(
     runs.save_adapter(model, settings, method, tasks, folder / "adapter")
     write_json(folder / "results.json", _results(trainer, method, data, scores, best["step"]))
     shutil.rmtree(folder / "checkpoints")
+    return None
 
 
-class MultiTaskTrainer(Trainer):  # type: ignore[misc]
+class MultiTaskTrainer(Trainer):
     """The Trainer on stateless batches, scored per task, with checkpoints free of pickle.
 
     Args:
@@ -173,18 +216,21 @@ class MultiTaskTrainer(Trainer):  # type: ignore[misc]
         folder: The run folder.
     """
 
+    control: Any  # what the Trainer does after a step
+
     def __init__(
         self,
         model: MultiTaskModel,
         settings: Settings,
         tasks: Sequence[Task],
-        splits: Mapping[str, Mapping[int, Encoded]],
+        splits: Splits,
         collate: Collator,
         folder: Path,
     ) -> None:
         t = settings.training
         args = TrainingArguments(
-            output_dir=str(folder / "checkpoints"),
+            output_dir=str(folder),
+            use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused on a processor
             max_steps=t.steps,
             per_device_train_batch_size=t.batch_size // t.gradient_accumulation,
             gradient_accumulation_steps=t.gradient_accumulation,
@@ -198,7 +244,7 @@ class MultiTaskTrainer(Trainer):  # type: ignore[misc]
             eval_strategy="steps",
             eval_steps=t.evaluate_every,
             save_strategy="steps",
-            save_steps=t.checkpoint_every,
+            save_steps=t.checkpoint_every or t.evaluate_every,
             logging_steps=t.log_every,
             metric_for_best_model="average",
             greater_is_better=True,
@@ -252,10 +298,20 @@ class MultiTaskTrainer(Trainer):  # type: ignore[misc]
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Return the mean loss of the batch, and keep each task's share of it for the log."""
+        """Return the mean loss of the batch, and keep each task's share of it for the log.
+
+        Raises:
+            InputError: A loss is not finite.
+        """
         out = model(**inputs)
-        rows_of = inputs["tasks"].cpu().numpy()
-        np.add.at(self._since_log[0], rows_of, out["losses"].detach().float().cpu().numpy())
+        rows_of, losses = inputs["tasks"].cpu().numpy(), out["losses"].detach().float().cpu().numpy()
+        if not np.isfinite(losses).all():
+            name = self.tasks[rows_of[~np.isfinite(losses)][0]].name
+            raise InputError(
+                f"the loss of task {name!r} is not finite at step {self.state.global_step + 1}: training diverged; "
+                "try a lower `training.learning_rate`"
+            )
+        np.add.at(self._since_log[0], rows_of, losses)
         np.add.at(self._since_log[1], rows_of, 1)
         return out["loss"]
 
@@ -300,6 +356,7 @@ class MultiTaskTrainer(Trainer):  # type: ignore[misc]
         )
         logs = {"eval_average": average, **{f"eval_{name}": score for name, score in scores.items()}}
         self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
     def seen(self) -> dict[str, int]:
@@ -320,10 +377,11 @@ class MultiTaskTrainer(Trainer):  # type: ignore[misc]
 
     def _write_line(self, **values: Any) -> None:
         if self.args.should_save:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            path = self.folder / "metrics.jsonl"
+            with explained(path), path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values, allow_nan=False) + "\n")
 
-    # --- checkpoints: safetensors and JSON ------------------------------------------------------------------------------
+    # --- checkpoints: safetensors and JSON ---------------------------------------------------------------------------
 
     def _write_best(self, scores: Mapping[str, Mapping[str, float]]) -> None:
         if not self.args.should_save:
@@ -354,20 +412,20 @@ class MultiTaskTrainer(Trainer):  # type: ignore[misc]
                     "settings": _fingerprint(self.settings),
                 },
             )
-        for old in sorted((self.folder / "checkpoints").glob("step-*"))[: -self.settings.training.keep_checkpoints]:
+        for old in _checkpoints(self.folder)[: -self.settings.training.keep_checkpoints]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        kept = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if kept["settings"] != _fingerprint(self.settings):
-            raise CheckpointError(f"{folder}: written with other settings; resume with the run's own config.yaml")
+        kept = _read_json(folder / "state.json", "log_bytes", "since_log", "settings")
+        _read_json(folder / "trainer_state.json", "global_step")  # the Trainer reads it next
+        _check_settings(folder, kept["settings"], self.settings)
         runs.load_state(self.model, _load(folder / "weights.safetensors"), folder)
         self._since_log = np.array(kept["since_log"])
         self.train_seconds, self.evaluation_seconds = kept["train_seconds"], kept["evaluation_seconds"]
         log = self.folder / "metrics.jsonl"
         if log.exists():
-            os.truncate(log, kept["log_bytes"])  # lines after the checkpoint are written again
+            os.truncate(log, min(kept["log_bytes"], log.stat().st_size))  # later lines are written again
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -385,7 +443,7 @@ class MultiTaskTrainer(Trainer):  # type: ignore[misc]
         pass  # there is none: `training_step` seeds each step
 
 
-class _Steps(TrainerCallback):  # type: ignore[misc]
+class _Steps(TrainerCallback):
     """Evaluates after the last step, and ends training after the running one when a signal came."""
 
     def __init__(self, trainer: MultiTaskTrainer) -> None:
@@ -426,8 +484,12 @@ def _stop_on_signal(trainer: MultiTaskTrainer) -> Iterator[None]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a run, or None."""
-    found = sorted((folder / "checkpoints").glob("step-*"))
+    found = _checkpoints(folder)
     return found[-1] if found else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -443,12 +505,34 @@ def _load(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def _read_json(path: Path, *needed: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: can't be read ({error}); delete its folder to resume from the one before"
+        ) from error
+    if not isinstance(found, dict) or not found.keys() >= set(needed):
+        raise CheckpointError(f"{path}: expected {', '.join(needed)}; delete its folder to resume from the one before")
+    return found
+
+
+def _check_settings(folder: Path, kept: Mapping[str, Any], settings: Settings) -> None:
+    now = _fingerprint(settings)
+    odd = sorted(name for name in now.keys() | kept.keys() if now.get(name) != kept.get(name))
+    if odd:
+        raise CheckpointError(
+            f"{folder}: written with other settings ({', '.join(odd)}); resume with those of the run's own config.yaml"
+        )
+
+
 def _fingerprint(settings: Settings) -> dict[str, Any]:
-    """What must be the same for a run to go on as if it had not stopped."""
-    kept = to_dict(replace(settings, output=None, overwrite=False, baselines=[]))
-    kept["data"]["root"] = None
-    for name in ("keep_checkpoints", "report_to"):
-        del kept["training"][name]
+    """What must be the same for a run to go on as if it had not stopped: `section.name` -> value."""
+    kept: dict[str, Any] = {}
+    for name, value in to_dict(settings).items():
+        kept |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    for name in ("output", "overwrite", "baselines", "data.root", "training.keep_checkpoints", "training.report_to"):
+        del kept[name]
     return dict(json.loads(json.dumps(kept)))
 
 
@@ -492,7 +576,7 @@ def _results(
             }
         )
     return {
-        "name": trainer.folder.name,
+        "name": trainer.folder.resolve().name,
         "method": method,
         "label": label(method, settings.adapter),
         "backbone": settings.backbone,
