@@ -6,7 +6,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import copy
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -268,16 +267,6 @@ def training(model: nn.Module) -> Iterator[nn.Module]:
         model.eval()
 
 
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def clone():
-    """Deep copies, so that a test can compare a model with what it was."""
-    return copy.deepcopy

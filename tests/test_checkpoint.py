@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
 from conftest import (
     CONDITIONINGS,
     MIXED,
@@ -21,9 +24,6 @@ from conftest import (
     settings,
     wake,
 )
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-
 from unolora import CheckpointError, InputError, UnoLoraConfig
 
 FILE = "adapter_model.safetensors"
@@ -94,9 +94,7 @@ def test_each_way_loads_what_fits(tmp_path, conditioning):
 
 
 @GIVEN
-@pytest.mark.parametrize(
-    "name", ["other", "query", "layer", "0", "a", "uno", "rows", "bottleneck", "model"]
-)
+@pytest.mark.parametrize("name", ["other", "query", "layer", "0", "a", "uno", "rows", "bottleneck", "model"])
 def test_loaded_under_another_name_it_is_the_same(tmp_path, name, conditioning):
     saved(tmp_path, conditioning)
     loaded = PeftModel.from_pretrained(backbone("bert"), tmp_path, adapter_name=name)
@@ -134,6 +132,29 @@ def test_two_adapters_one_called_as_a_part_of_the_model(tmp_path, name, conditio
     assert torch.equal(output(loaded, **inputs, tasks=MIXED), expected["default"])
     again = PeftModel.from_pretrained(backbone("bert", "FEATURE_EXTRACTION"), tmp_path / name, adapter_name="z")
     assert torch.equal(output(again, **inputs, tasks="y"), expected[name])
+
+
+def test_a_state_that_is_handed_over_is_what_is_saved(tmp_path):
+    """As accelerate does, which gathers it from other processes."""
+    model = adapted("bert")
+    state = {
+        name: value * 2 if ".uno_" in name and value.is_floating_point() else value
+        for name, value in model.state_dict().items()
+    }
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = PeftModel.from_pretrained(backbone("bert"), tmp_path)
+    assert same_weights(loaded, {name: value for name, value in state.items() if ".uno_" in name})
+    assert not same_weights(loaded, adapter_weights(model))
+
+
+def test_auto_class_finds_the_backbone(tmp_path):
+    backbone("bert").save_pretrained(tmp_path / "backbone")
+    bare = type(backbone("bert")).from_pretrained(tmp_path / "backbone")
+    model = wake(get_peft_model(bare, bert())).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3)
+    inputs = batch("bert")
+    assert torch.equal(output(loaded, **inputs, tasks=MIXED), output(model, **inputs, tasks=MIXED))
 
 
 def test_selected_adapters_and_subfolders(tmp_path):
@@ -270,7 +291,7 @@ def test_another_backbones_width_is_refused(tmp_path, conditioning):
 
 def test_another_backbones_depth_is_refused(tmp_path):
     saved(tmp_path)
-    with pytest.raises(CheckpointError, match="other positions: expected 6 with .*layer.2.*at row 4, found 4;"):
+    with pytest.raises(CheckpointError, match=r"other positions: expected 6 with .*layer\.2.*at row 4, found 4;"):
         PeftModel.from_pretrained(backbone("bert", num_hidden_layers=3), tmp_path)
 
 
@@ -480,7 +501,5 @@ def test_tensors_written_by_hand_are_checked_too(tmp_path):
         {**state, "base_model.model.bert.extra": torch.ones(1)},
     ):
         save_file(wrong, tmp_path / FILE)
-        with pytest.raises(
-            CheckpointError, match="other targets or modules_to_save: expected .*(scale_bias|found .*extra)"
-        ):
+        with pytest.raises(CheckpointError, match=r"other targets or modules_to_save: .*(scale_bias|found .*extra)"):
             PeftModel.from_pretrained(backbone("bert"), tmp_path)

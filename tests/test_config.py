@@ -4,10 +4,10 @@ import json
 import math
 
 import pytest
-from conftest import TASKS, settings
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from conftest import TASKS, settings
 from unolora import InputError, UnoLoraConfig
 from unolora.config import check_adapter
 
@@ -89,10 +89,21 @@ def test_peft_knows_the_method():
 
 def test_settings_survive_a_file(tmp_path):
     config = settings(
-        r=3, alpha=5.5, dropout=0.2, conditioning="task", embedding_dim=4, bottleneck_dim=6, sample_dim=9, num_positions=2,
-        scale_init="paper", target_modules=["q", "v"], exclude_modules=["x"], layers_to_transform=[0, 1],
-        modules_to_save=["classifier"], task_type="SEQ_CLS",
-    )  # fmt: skip
+        r=3,
+        alpha=5.5,
+        dropout=0.2,
+        conditioning="task",
+        embedding_dim=4,
+        bottleneck_dim=6,
+        sample_dim=9,
+        num_positions=2,
+        scale_init="paper",
+        target_modules=["q", "v"],
+        exclude_modules=["x"],
+        layers_to_transform=[0, 1],
+        modules_to_save=["classifier"],
+        task_type="SEQ_CLS",
+    )
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
     assert written["tasks"] == TASKS
@@ -129,5 +140,5 @@ def test_check_adapter_takes_anything_with_the_fields():
 
     check_adapter(Settings())
     Settings.r = -3
-    with pytest.raises(InputError, match="`r` must be .* got -3"):
+    with pytest.raises(InputError, match=r"`r` must be .* got -3"):
         check_adapter(Settings())

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import TASKS, adapted, backbone, settings
 from peft import get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration
 
+from conftest import TASKS, adapted, backbone, settings
 from unolora import UnoLoraConfig
 
 NAMES = [f"task{i}" for i in range(10)]

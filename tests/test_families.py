@@ -5,6 +5,9 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from peft import PeftModel, get_peft_model
+from torch import nn
+
 from conftest import (
     CONDITIONINGS,
     FAMILIES,
@@ -21,9 +24,6 @@ from conftest import (
     settings,
     wake,
 )
-from peft import PeftModel, get_peft_model
-from torch import nn
-
 from unolora import InputError
 
 HEADS = [(family, head) for family, (_, heads) in FAMILIES.items() for head in heads]
@@ -180,7 +180,7 @@ def test_targets_by_regular_expression_layer_and_exclusion():
 
 def test_a_family_without_defaults_asks_for_projections():
     config = tf.XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=32)
-    with pytest.raises(InputError, match="no default projections for the model type 'xlnet'.*`target_modules`"):
+    with pytest.raises(InputError, match=r"no default projections for the model type 'xlnet'.*`target_modules`"):
         get_peft_model(tf.XLNetModel(config), settings())
 
 
@@ -301,14 +301,25 @@ def test_sample_dim_is_checked_against_the_backbone():
 
 def test_audio_has_no_token_embeddings():
     config = tf.WhisperConfig(
-        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=10, pad_token_id=0,
-        decoder_start_token_id=1, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_mel_bins=8,
+        max_source_positions=10,
+        pad_token_id=0,
+        decoder_start_token_id=1,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     inputs = {"input_features": torch.randn(3, 8, 20), "decoder_input_ids": torch.ones(3, 2, dtype=torch.long)}
     wanted = {"target_modules": ["q_proj", "v_proj"]}
     model = get_peft_model(tf.WhisperForConditionalGeneration(config), settings("task+sample", **wanted)).eval()
-    with pytest.raises(InputError, match="`input_features` are no tokens.*conditioning='task'"):
+    with pytest.raises(InputError, match=r"`input_features` are no tokens.*conditioning='task'"):
         model(**inputs, tasks=MIXED)
     model = wake(get_peft_model(tf.WhisperForConditionalGeneration(config), settings("task", **wanted))).eval()
     together = output(model, **inputs, tasks=MIXED)

@@ -2,6 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as quick
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from transformers import GenerationConfig
+
 from conftest import (
     CONDITIONINGS,
     MIXED,
@@ -17,12 +23,6 @@ from conftest import (
     settings,
     wake,
 )
-from hypothesis import given
-from hypothesis import settings as quick
-from hypothesis import strategies as st
-from peft import PeftModel, get_peft_model
-from transformers import GenerationConfig
-
 from unolora import InputError
 from unolora.layer import current_scales
 
@@ -137,7 +137,7 @@ def test_every_class_that_generates(family, task_type):
         generate(model, inputs)
     with pytest.raises(TypeError, match="unexpected argument 'taks'; did you mean 'tasks'"):
         generate(model, inputs, taks=MIXED)
-    with pytest.raises((InputError, TypeError), match="did you mean 'tasks'|`tasks` is missing"):
+    with pytest.raises((InputError, TypeError), match=r"did you mean 'tasks'|`tasks` is missing"):
         generate(model, inputs, task_ids=torch.tensor([0, 1, 2]))
     with pytest.raises(InputError, match="got 2 for a batch of 3"):
         generate(model, inputs, {"num_beams": 2}, tasks=["sort", "rank"])
@@ -301,9 +301,9 @@ def test_cached_decoding_step_by_step(family):
     assert torch.equal(torch.cat(found, dim=1), expected)
     assert current_scales() is None
 
-    for given in ({"attention_mask": mask}, {}):
+    for more in ({"attention_mask": mask}, {}):
         with pytest.raises(InputError, match=r"when decoding step by step, wrap the loop in `with model\.condition"):
-            model(input_ids=ids, past_key_values=cache, use_cache=True, tasks=MIXED, **given)
+            model(input_ids=ids, past_key_values=cache, use_cache=True, tasks=MIXED, **more)
 
 
 def test_cached_decoding_of_an_encoder_decoder_step_by_step():
@@ -356,6 +356,18 @@ def test_condition_holds_for_everything_inside():
         assert not torch.equal(generate(model, inputs, tasks="sort"), expected)  # what a call says goes before
         assert torch.equal(generate(model, inputs), expected)
     with pytest.raises(InputError, match="`tasks` is missing"):
+        generate(model, inputs)
+
+
+def test_condition_serves_the_adapters_that_it_was_made_for():
+    model, inputs = adapted("t5"), prompts("t5")
+    model.add_adapter("second", settings("task", tasks=["x", "y"], task_type="SEQ_2_SEQ_LM"))
+    with model.condition(MIXED, **inputs):
+        model.set_adapter("second")
+        with pytest.raises(InputError, match=r"`tasks` is missing.*known: x, y"):
+            generate(model, inputs)
+        generate(model, inputs, tasks="y")
+        model.set_adapter("default")
         generate(model, inputs)
 
 

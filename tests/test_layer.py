@@ -161,9 +161,11 @@ def test_scales_nest_and_leave_no_trace():
     outer, inner = {"uno": scales(1)}, {"uno": scales(2)}
     owner = object()
     with scaled_by(outer, owner):
-        with pytest.raises(RuntimeError, match="on purpose"), scaled_by(inner):
+        with scaled_by(inner):
             assert current_scales() is inner
             assert current_scales(owner) is None
+        assert current_scales() is outer
+        with pytest.raises(RuntimeError, match="on purpose"), scaled_by(inner):
             raise RuntimeError("on purpose")
         assert current_scales(owner) is outer
         assert current_scales(object()) is None
@@ -192,7 +194,7 @@ def test_scales_are_one_threads_own():
     assert current_scales() is None
 
 
-def test_dropout_acts_on_the_input_of_A_in_training_only():
+def test_dropout_acts_on_the_input_in_training_only():
     of, x = layer(scaled=False, dropout=0.5), torch.ones(2, 5, dtype=torch.float64)
     of.train()
     assert not torch.equal(of(x), of(x))
@@ -221,7 +223,7 @@ def test_output_keeps_the_base_layers_dtype():
     assert (y - of.base_layer(x)).abs().max() > 0.1
 
 
-def test_gradients_reach_A_B_and_the_scale_and_are_right():
+def test_gradients_reach_the_pair_and_the_scale_and_are_right():
     of, x, s = layer(), torch.randn(2, 3, 5, dtype=torch.float64), scales(2).requires_grad_()
 
     def run(A, B, s):

@@ -4,6 +4,11 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as quick
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+
 from conftest import (
     CONDITIONINGS,
     MIXED,
@@ -22,10 +27,6 @@ from conftest import (
     training,
     wake,
 )
-from hypothesis import given
-from hypothesis import settings as quick
-from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
 
 CORE = pytest.mark.parametrize("family", ["t5", "bert", "gpt2"])
 GIVEN = pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -277,6 +278,16 @@ def test_images_are_the_mean_of_their_patches():
     flat = torch.zeros_like(inputs["pixel_values"])
     assert apart(scales_of(model, MIXED, pixel_values=flat), found) > 0.05
     assert torch.equal(scales_of(model, MIXED, **inputs, attention_mask=torch.ones(3, 2)), found)  # none of an image's
+
+
+def test_larger_images_are_encoded_as_the_backbone_embeds_them():
+    model, large = adapted("vit"), torch.randn(3, 3, 16, 16)
+    patches = model.get_input_embeddings().projection(large).flatten(2).transpose(1, 2).detach()
+    assert patches.shape[1] == 16
+    found = scales_of(model, MIXED, pixel_values=large, interpolate_pos_encoding=True)
+    expected = model.uno_hypernetwork["default"](torch.tensor([1, 0, 2]), patches.mean(dim=1))
+    torch.testing.assert_close(found, expected.detach())
+    output(model, pixel_values=large, interpolate_pos_encoding=True, tasks=MIXED)
 
 
 @pytest.mark.parametrize("as_embeddings", [False, True])

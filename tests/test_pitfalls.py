@@ -10,6 +10,10 @@ import weakref
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, default_data_collator
+
 from conftest import (
     CONDITIONINGS,
     MIXED,
@@ -28,10 +32,6 @@ from conftest import (
     training,
     wake,
 )
-from peft import PeftModel, get_peft_model
-from torch import nn
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, default_data_collator
-
 from unolora import InputError, UnoLoraModel, register
 from unolora.layer import current_scales
 
@@ -41,7 +41,7 @@ GIVEN = pytest.mark.parametrize("conditioning", CONDITIONINGS)
 # Errors that leak
 
 
-class OnPurpose(RuntimeError):
+class OnPurposeError(RuntimeError):
     pass
 
 
@@ -52,11 +52,11 @@ def test_a_forward_that_fails_leaves_the_next_one_alone(family):
 
     def fail(*_):
         assert current_scales() is not None  # it fails in the middle
-        raise OnPurpose
+        raise OnPurposeError
 
     handle = list(model.layers("default").values())[1].register_forward_pre_hook(fail)
     for _ in range(2):
-        with pytest.raises(OnPurpose):
+        with pytest.raises(OnPurposeError):
             model(**inputs, tasks="name")
         assert current_scales() is None
     handle.remove()
@@ -70,10 +70,10 @@ def test_a_generation_that_fails_leaves_the_next_one_alone():
     expected = model.generate(**inputs, tasks=MIXED, max_new_tokens=4)
 
     def fail(*_):
-        raise OnPurpose
+        raise OnPurposeError
 
     handle = model.get_decoder().register_forward_pre_hook(fail)
-    with pytest.raises(OnPurpose):
+    with pytest.raises(OnPurposeError):
         model.generate(**inputs, tasks="name", num_beams=2, max_new_tokens=4)
     handle.remove()
     assert current_scales() is None
@@ -84,8 +84,8 @@ def test_a_condition_that_fails_brings_back_the_one_before():
     model, inputs = adapted("bert"), batch("bert")
     expected = output(model, **inputs, tasks=MIXED)
     with model.condition(MIXED, **inputs):
-        with pytest.raises(OnPurpose), model.condition("name", **inputs):
-            raise OnPurpose
+        with pytest.raises(OnPurposeError), model.condition("name", **inputs):
+            raise OnPurposeError
         with pytest.raises(InputError, match="unknown task"):
             model(**inputs, tasks="zzz")
         assert torch.equal(output(model, **inputs), expected)
@@ -100,10 +100,10 @@ def test_a_checkpointed_backward_that_fails_leaves_no_scale(reentrant):
         loss = model(**inputs, tasks=MIXED).loss
 
         def fail(*_):
-            raise OnPurpose
+            raise OnPurposeError
 
-        handle = list(model.layers("default").values())[0].register_forward_pre_hook(fail)
-        with pytest.raises(OnPurpose):
+        handle = next(iter(model.layers("default").values())).register_forward_pre_hook(fail)
+        with pytest.raises(OnPurposeError):
             loss.backward()
         handle.remove()
         assert current_scales() is None
@@ -125,7 +125,7 @@ def test_two_threads_with_two_tasks(family):
     def wait(*_):  # both threads are in the middle of a forward at once
         barrier.wait()
 
-    handle = list(model.layers("default").values())[0].register_forward_pre_hook(wait)
+    handle = next(iter(model.layers("default").values())).register_forward_pre_hook(wait)
 
     def run(k: int) -> None:
         try:
@@ -340,9 +340,13 @@ def test_wrapping_a_backbone_again_starts_afresh():
     bare, inputs = backbone("bert"), batch("bert")
     expected = output(bare, **inputs)
     wake(get_peft_model(bare, settings(task_type="SEQ_CLS")))
-    with pytest.warns(UserWarning) as caught:  # a notebook's cell that runs again
-        again = get_peft_model(bare, settings("task", tasks=["x", "y"], target_modules=["key"], task_type="SEQ_CLS"))
-    assert any("those adapters are taken out" in str(warning.message) for warning in caught)
+    other = settings("task", tasks=["x", "y"], target_modules=["key"], task_type="SEQ_CLS")
+    # A notebook's cell that runs again; PEFT warns as well.
+    with (
+        pytest.warns(UserWarning, match="those adapters are taken out"),
+        pytest.warns(UserWarning, match="second time"),
+    ):
+        again = get_peft_model(bare, other)
     assert [name.rpartition(".")[2] for name in again.layers("default")] == ["key", "key"]
     assert torch.equal(output(again.eval(), **inputs, tasks="x"), expected)
     assert sum(".uno_A." in name for name in again.state_dict()) == 2
@@ -524,7 +528,7 @@ def test_a_tuner_called_directly_is_the_same():
 def test_a_part_of_the_backbone_called_by_hand_needs_a_condition():
     model, inputs = adapted("bert"), batch("bert")
     part = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    with pytest.raises(InputError, match="scale of adapter 'default' is not known here.*model.condition"):
+    with pytest.raises(InputError, match=r"scale of adapter 'default' is not known here.*model\.condition"):
         model.base_model.model.bert(**part)
     with model.condition(MIXED, **inputs):
         assert model.base_model.model.bert(**part).last_hidden_state.shape == (3, 7, 32)

@@ -5,6 +5,7 @@ run copies it first.
 """
 
 import functools
+import gc
 import itertools
 import json
 import shutil
@@ -16,6 +17,7 @@ import torch
 import transformers as tf
 import yaml
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import TrainerCallback
 
 from unolora import training
 from unolora.settings import Settings, from_dict
@@ -34,6 +36,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 NAMES = ["mood", "topic", "heat"]
 ROWS = 80
 METHODS = ("full", "heads-only", "lora-per-task", "lora-shared", "unolora")
+gc.freeze()  # the Trainer collects garbage at each start, and all that is imported would be looked through
 _folders = tempfile.TemporaryDirectory(prefix="unolora-tests-")
 
 
@@ -63,8 +66,8 @@ def tokenizer(**settings):
 
 
 @functools.cache
-def backbone() -> Path:
-    """Folder of the tiny BERT: 2 layers, width 32, 48 positions, dropout 0.1 inside."""
+def backbone(dropout: float = 0.1) -> Path:
+    """Folder of the tiny BERT: 2 layers, width 32, 48 positions, dropout inside."""
     words = tokenizer()
     config = tf.BertConfig(
         vocab_size=len(words),
@@ -73,9 +76,9 @@ def backbone() -> Path:
         num_attention_heads=4,
         intermediate_size=48,
         max_position_embeddings=48,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
-        initializer_range=0.3,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        initializer_range=0.1,
         pad_token_id=0,
     )
     path = folder() / "tiny-bert"
@@ -175,10 +178,58 @@ def write_yaml(path: Path, output: Path | str | None = None, **changes) -> Path:
     return path
 
 
+TRAINERS: dict[str, training.MultiTaskTrainer] = {}
+
+
 @functools.cache
 def trained(method: str = "unolora") -> Path:
-    """A finished run of a method, uninterrupted. For reading only."""
-    return training.train(settings(folder() / "run", method=method))
+    """A finished run of a method, uninterrupted, whose trainer is in TRAINERS. For reading only."""
+    return training.train(settings(folder() / "run", method=method), progress=watched(TRAINERS, method))
+
+
+class Watch(TrainerCallback):
+    """Calls do(step) after each step; may be told to do something at the end."""
+
+    def __init__(self, do=None, at_end=None) -> None:
+        self.do, self.at_end = do, at_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.do is not None:
+            self.do(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.at_end is not None:
+            self.at_end()
+
+
+def watched(trainers: dict, key=None):
+    """A `progress` that keeps the trainer, under the method's label by default."""
+
+    def progress(label, trainer):
+        trainers[key or label] = trainer
+        return Watch()
+
+    return progress
+
+
+def parts(run: Path) -> dict[str, object]:
+    """All of a finished run that must not depend on when it was stopped: no times, versions or its own place."""
+    found: dict[str, object] = {}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.name == "metrics.jsonl":
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            found[name] = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+        elif path.name == "results.json":
+            found[name] = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k != "time"}
+        elif path.name == "config.yaml":
+            found[name] = {**yaml.safe_load(path.read_text(encoding="utf-8")), "output": None}
+        elif path.name == "adapter_config.json":  # the order of a set differs between processes
+            config = json.loads(path.read_text(encoding="utf-8"))
+            found[name] = {k: sorted(v) if k == "target_modules" else v for k, v in config.items()}
+        elif path.is_file() and path.name not in ("report.html", "environment.json"):
+            found[name] = path.read_bytes()
+    return found
 
 
 def copied(run: Path, tmp_path: Path) -> Path:

@@ -17,6 +17,8 @@ Axes: B batch, T tokens, D width (d_s), d embedding width (d_e), R rank, P posit
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -103,6 +105,6 @@ class Hypernetwork(nn.Module):
 def _mlp(*widths: int) -> nn.Sequential:
     """Linear maps through these widths, ReLU after each but the last."""
     layers: list[nn.Module] = []
-    for d_in, d_out in zip(widths, widths[1:], strict=False):
+    for d_in, d_out in pairwise(widths):
         layers += [nn.Linear(d_in, d_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])

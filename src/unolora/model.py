@@ -1,7 +1,7 @@
 """UnoLoRA as a PEFT method: injection, and how tasks and samples reach the layers.
 
-All that knows PEFT is here. `register` enters the method in PEFT's tables, after which `get_peft_model`,
-`PeftModel.from_pretrained`, `save_pretrained` and the rest work as for LoRA.
+All that knows PEFT is here and, where files are concerned, in `checkpoint.py`. `register` enters the method in PEFT's
+tables, after which `get_peft_model`, `PeftModel.from_pretrained`, `save_pretrained` and the rest work as for LoRA.
 
 The backbone's `forward` and `generate` take two more arguments, `tasks` and `sample_mask`. Whoever calls them (a
 `PeftModelFor*`, a plain `PeftModel`, the Trainer, a user), the hypernetwork runs once, its scales [B, P, R] are set for
@@ -12,30 +12,27 @@ argument, since its recomputation comes after the call.
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import zip_longest
 from numbers import Integral, Number
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import mapping as peft_mapping
 from peft import peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils import CONFIG_NAME
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from unolora.config import PEFT_TYPE, WEIGHTS_NAME, UnoLoraConfig, check_weights_file
-from unolora.errors import CheckpointError, InputError, unknown
+from unolora.checkpoint import adapter_state, check_state, naming_the_file
+from unolora.config import PEFT_TYPE, UnoLoraConfig
+from unolora.errors import InputError, unknown
 from unolora.hypernetwork import Hypernetwork, encode_sample
 from unolora.layer import UnoLoraLayer, current_scales, scaled_by
 
@@ -64,6 +61,8 @@ class UnoLoraLinear(UnoLoraLayer, BaseTunerLayer):
 
     adapter_layer_names = ("uno_A", "uno_B")
     other_param_names = ("uno_dropout", "scaling", "position")
+    base_layer: Any
+    active_adapters: Any  # list[str], PEFT's property
 
     def __init__(self, base_layer: nn.Module, d_in: int, d_out: int) -> None:
         super().__init__(base_layer, d_in, d_out)
@@ -113,7 +112,7 @@ class UnoLoraLinear(UnoLoraLayer, BaseTunerLayer):
                 self.base_layer.weight.data -= self.delta_weight(name).to(self.base_layer.weight.dtype)
 
 
-class UnoLoraModel(BaseTuner):  # type: ignore[misc]
+class UnoLoraModel(BaseTuner):
     """The tuner that PEFT puts around a backbone.
 
     Beside what every PEFT tuner has: `uno_hypernetwork`, one `Hypernetwork` for each conditioned adapter;
@@ -124,6 +123,8 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
     tuner_layer_cls = UnoLoraLinear
     target_module_mapping = TARGET_MODULES
     uses_shared_state = True
+    active_adapters: Any  # list[str], PEFT's property
+    uno_hypernetwork: Any  # adapter name -> Hypernetwork
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         earlier = getattr(model, "forward", None)
@@ -155,7 +156,7 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parameter, requires_grad in trained:  # PEFT does as much for what is in the layers
             parameter.requires_grad = requires_grad
-        self._checkpointing_modules = [
+        self._checkpointing_modules: list[Any] = [
             module for module in model.modules() if hasattr(module, "gradient_checkpointing")
         ]
         if config.conditioning == "none":
@@ -193,7 +194,7 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
                 )
             if family == "deberta-v2" and model_config.get("share_att_key"):
                 # Its query projection also maps relative positions, which all samples share: no scale for each sample.
-                peft_config.target_modules = {"value_proj"}
+                peft_config.target_modules = ["value_proj"]
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: UnoLoraConfig, model: nn.Module) -> None:
@@ -215,7 +216,9 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         **_: Any,
     ) -> None:
-        layer = target if isinstance(target, UnoLoraLinear) else UnoLoraLinear(target, *_widths(target, current_key))
+        layer: Any = target
+        if not isinstance(target, UnoLoraLinear):
+            layer = UnoLoraLinear(target, *_widths(target, current_key))
         layer.add(adapter_name, r=config.r, alpha=config.alpha, dropout=config.dropout)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         if adapter_name not in self.active_adapters:
@@ -271,7 +274,8 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
             self._check_merged(tasks)
             return nullcontext()
         if tasks is None:
-            if current_scales(self) is not None:
+            running = current_scales(self)
+            if running is not None and all(name in running for name in adapters):
                 return nullcontext()
             known = self.peft_config[adapters[0]].tasks
             raise InputError(
@@ -286,9 +290,8 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
             rows = task_rows(tasks, self.peft_config[name].tasks, batch).to(device)  # [B]
             sample = None
             if hypernetwork.bottleneck is not None:
-                sample = self._sample_encoding(inputs, sample_mask, hypernetwork.bottleneck[0].in_features).to(
-                    device
-                )  #      [B, D]
+                width = hypernetwork.bottleneck[0].in_features
+                sample = self._sample_encoding(inputs, sample_mask, width).to(device)  # [B, D]
             with torch.autocast(device.type, enabled=False):
                 scales[name] = hypernetwork(rows, sample)  #                           [B, P, R]
         self._wrap_checkpointing()
@@ -331,7 +334,8 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
             )
         if isinstance(lookup, nn.Embedding) and tokens.is_floating_point():
             raise InputError(f"`{name}` are no tokens, so the sample has no encoding; use conditioning='task'")
-        more = {k: inputs[k] for k in ("interpolate_pos_encoding",) if inputs.get(k)}
+        larger = "interpolate_pos_encoding"  # images; some embeddings want to know
+        more = {larger: True} if inputs.get(larger) and larger in inspect.signature(lookup.forward).parameters else {}
         with torch.no_grad():
             embeddings = lookup(tokens, **more)
         if embeddings.dim() == 4:  # a convolution's patches [B, D, H, W]
@@ -350,6 +354,12 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
                 function = module._gradient_checkpointing_func
                 if not isinstance(function, Checkpointed):
                     module._gradient_checkpointing_func = Checkpointed(function)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:  # PEFT would drop it silently
+            raise InputError("`adapter_names` can't differ within a batch; what differs are `tasks`, of one adapter")
+        yield
 
     # --- PEFT's switches, which know the layers but not the hypernetwork -----------------------------------------
 
@@ -501,7 +511,7 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
     @classmethod
     def _get_adapter_state_dict(
         cls,
-        model: nn.Module,
+        model: Any,
         config: UnoLoraConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
@@ -520,7 +530,7 @@ class UnoLoraModel(BaseTuner):  # type: ignore[misc]
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: UnoLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: Any, config: UnoLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
@@ -534,7 +544,7 @@ class Conditioned:
 
     def __init__(self, tuner: UnoLoraModel, method: Callable[..., Any], *, generates: bool) -> None:
         self.tuner, self.method, self.generates = tuner, method, generates
-        self.__name__, self.__doc__ = method.__name__, method.__doc__
+        self.__name__, self.__doc__ = getattr(method, "__name__", ""), method.__doc__
         parameters = inspect.signature(method).parameters.values()
         self.names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
         self.known = {*self.names, *(inspect.signature(tuner.model.forward).parameters if generates else ())}
@@ -590,6 +600,7 @@ class Checkpointed:
         self.function = function
 
     def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint `forward`, which gets the scales of now whenever it runs."""
         scales = current_scales()
         if not scales:
             return self.function(forward, *args, **kwargs)
@@ -639,103 +650,13 @@ def task_rows(tasks: Tasks, known: Sequence[str], batch: int | None) -> Tensor:
     return tasks
 
 
-class Checkpoint(dict[str, Tensor]):
-    """The tensors of a weight file under PEFT's keys; remembers the file, so that an error can name it."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        super().__init__(tensors)
-        self.source = source
-
-    def copy(self) -> Checkpoint:
-        return Checkpoint(self, self.source)
-
-    def __missing__(self, key: str) -> Tensor:  # PEFT looks up the modules_to_save before it asks the tuner
-        raise CheckpointError(
-            f"{self.source}: other modules_to_save: expected {key}, found none; use the settings that it was trained with"
-        )
-
-
-def adapter_state(tuner: UnoLoraModel, adapter_name: str) -> dict[str, Tensor]:
-    """Return all tensors of an adapter, by their keys in a `PeftModel`'s state."""
-    state: dict[str, Tensor] = {}
-    for name, layer in tuner.layers(adapter_name).items():
-        state[f"base_model.model.{name}.uno_A.{adapter_name}"] = layer.uno_A[adapter_name]
-        state[f"base_model.model.{name}.uno_B.{adapter_name}"] = layer.uno_B[adapter_name]
-    if adapter_name in tuner.uno_hypernetwork:
-        for name, value in tuner.uno_hypernetwork[adapter_name].state_dict().items():
-            state[f"base_model.uno_hypernetwork.{adapter_name}.{name}"] = value
-    return state
-
-
-def check_state(tuner: UnoLoraModel, adapter_name: str, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Check that a checkpoint fits an adapter in every key, shape and row, before anything is copied.
-
-    Args:
-        tuner: The model that the checkpoint is loaded into.
-        adapter_name: Its adapter.
-        state: The tensors under the model's keys.
-        source: The file, for the message.
-
-    Raises:
-        CheckpointError: Another conditioning, other tasks, other targets, another rank or another width.
-    """
-    own = adapter_state(tuner, adapter_name)
-    prefix = f"base_model.uno_hypernetwork.{adapter_name}."
-
-    def refuse(what: str, expected: object, found: object, fix: str) -> CheckpointError:
-        return CheckpointError(f"{source}: {what}: expected {expected}, found {found}; {fix}")
-
-    conditionings = _conditioning(own), _conditioning(state)
-    if conditionings[0] != conditionings[1]:
-        raise refuse("another conditioning", *conditionings, "use the settings that it was trained with")
-    if f"{prefix}rows" in state:
-        expected, found = (json.loads(bytes(keys[f"{prefix}rows"].tolist())) for keys in (own, state))
-        for what, fix in (("tasks", "give the same tasks in the same order"), ("positions", "use the same targets")):
-            if expected[what] != found[what]:
-                raise refuse(f"other {what}", *_difference(expected[what], found[what]), fix)
-    missing, extra = own.keys() - state.keys(), state.keys() - own.keys() - _passengers(tuner, adapter_name)
-    if missing or extra:
-        raise refuse(
-            "other targets or modules_to_save",
-            f"{len(own)} tensors" + (f" with {min(missing)}" if missing else ""),
-            f"{len(state)}" + (f" with {min(extra)}" if extra else ""),
-            "use the settings that it was trained with",
-        )
-    for key, tensor in own.items():
-        shapes = list(tensor.shape), list(state[key].shape)
-        if shapes[0] != shapes[1]:
-            rank = ".uno_A." in key and shapes[0][0] != shapes[1][0]
-            what = "another rank" if rank else "another width"
-            raise refuse(f"{what} of {key}", *shapes, "use the backbone and the settings that it was trained with")
-
-
 def register() -> None:
     """Enter UnoLoRA in PEFT's tables, under the name "UNOLORA"; `import unolora` does this."""
     peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = UnoLoraConfig
     peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = UnoLoraModel
     peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = UnoLoraModel.prefix
     if not hasattr(peft_model.load_peft_weights, "__wrapped__"):
-        peft_model.load_peft_weights = _naming_the_file(peft_model.load_peft_weights)
-
-
-def _naming_the_file(load: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
-    """Wrap PEFT's reading of a weight file: nobody else knows the file when the checks come.
-
-    Other methods' folders are read as before.
-    """
-
-    @functools.wraps(load)
-    def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        folder = Path(model_id, kwargs.get("subfolder") or "")
-        file = folder / WEIGHTS_NAME
-        if folder.is_dir():
-            settings = folder / CONFIG_NAME
-            if not settings.is_file() or json.loads(settings.read_text("utf-8")).get("peft_type") != PEFT_TYPE:
-                return load(model_id, *args, **kwargs)
-            check_weights_file(file)
-        return Checkpoint(load(model_id, *args, **kwargs), str(file))
-
-    return load_peft_weights
+        peft_model.load_peft_weights = naming_the_file(peft_model.load_peft_weights)
 
 
 def _check_adapter_name(name: str) -> None:
@@ -748,8 +669,8 @@ def _widths(target: nn.Module, key: str) -> tuple[int, int]:
     """Return (d_in, d_out) of a projection."""
     if isinstance(target, NonDynamicallyQuantizableLinear):
         raise InputError(
-            f"`target_modules` matches {key!r}, whose weight nn.MultiheadAttention reads without calling it, so that an "
-            "adapter would do nothing; leave it to `exclude_modules`"
+            f"`target_modules` matches {key!r}, whose weight nn.MultiheadAttention reads without calling it, so that "
+            "an adapter would do nothing; leave it to `exclude_modules`"
         )
     if isinstance(target, nn.Linear):
         return target.in_features, target.out_features
@@ -817,30 +738,3 @@ def _batch_size(inputs: Mapping[str, Any]) -> int | None:
         if inputs.get(name) is not None:
             return len(inputs[name])
     return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), None)
-
-
-def _conditioning(state: Mapping[str, Tensor]) -> str:
-    """Tell the conditioning from the hypernetwork's keys."""
-    keys = [key for key in state if key.startswith("base_model.uno_hypernetwork.")]
-    if not keys:
-        return "none"
-    return "task+sample" if any(key.endswith(".bottleneck.0.weight") for key in keys) else "task"
-
-
-def _passengers(tuner: UnoLoraModel, adapter_name: str) -> set[str]:
-    """Return the keys that may travel with an adapter: its modules_to_save, and resized embeddings."""
-    keys = {f"base_model.{key}" for key in tuner.state_dict() if f".modules_to_save.{adapter_name}." in key}
-    outputs = getattr(tuner.model, "get_output_embeddings", lambda: None)()
-    for name, module in tuner.model.named_modules():
-        if module is outputs or module is _input_embeddings(tuner.model):
-            keys |= {f"base_model.model.{name}.{key}" for key in module.state_dict()}
-    return keys
-
-
-def _difference(expected: Sequence[str], found: Sequence[str]) -> tuple[str, str]:
-    """Describe where two lists of names first differ."""
-    row = next(i for i, pair in enumerate(zip_longest(expected, found)) if pair[0] != pair[1])
-    return tuple(  # type: ignore[return-value]
-        f"{len(names)} with {names[row]!r} at row {row}" if row < len(names) else f"{len(names)}"
-        for names in (expected, found)
-    )

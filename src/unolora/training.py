@@ -417,7 +417,9 @@ class MultiTaskTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        kept = _read_json(folder / "state.json", "log_bytes", "since_log", "settings")
+        kept = _read_json(
+            folder / "state.json", "settings", "log_bytes", "since_log", "train_seconds", "evaluation_seconds"
+        )
         _read_json(folder / "trainer_state.json", "global_step")  # the Trainer reads it next
         _check_settings(folder, kept["settings"], self.settings)
         runs.load_state(self.model, _load(folder / "weights.safetensors"), folder)
@@ -436,8 +438,9 @@ class MultiTaskTrainer(Trainer):
             i, _, key = name.partition(".")
             found["state"].setdefault(int(i), {})[key] = value
         self.optimizer.load_state_dict(found)
-        self.lr_scheduler.last_epoch = self.state.global_step - 1
-        self.lr_scheduler.step()  # the learning rate is a function of the step
+        schedule, step = self.lr_scheduler, self.state.global_step
+        schedule.last_epoch, schedule._step_count = step - 1, step + 1  # (the count is for a warning only)
+        schedule.step()  # the learning rate is a function of the step
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         pass  # there is none: `training_step` seeds each step

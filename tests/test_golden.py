@@ -1,0 +1,45 @@
+"""The losses of four steps of each method, so that a change that shifts numbers is seen.
+
+To renew them after a change that is meant to shift them, say so in the change and run
+
+    python -c "import sys; sys.path.insert(0, 'tests'); import test_golden; test_golden.renew()"
+"""
+
+import pytest
+
+import conftest  # noqa: F401  # threads, offline
+import tiny
+from unolora import training
+
+TOLERANCE = 2e-4
+
+GOLDEN = {
+    "full": [0.75404, 1.22952, 1.87599, 1.49771],
+    "heads-only": [0.75404, 0.88634, 1.69590, 1.02048],
+    "lora-per-task": [0.75404, 0.84571, 1.86920, 1.00105],
+    "lora-shared": [0.75404, 0.87819, 1.76930, 1.01123],
+    "unolora": [0.75404, 0.88557, 1.73792, 1.02323],
+}
+
+
+def losses(method, folder):
+    settings = tiny.settings(
+        folder,
+        method=method,
+        backbone=str(tiny.backbone(dropout=0.0)),  # no dropout: its masks may differ between releases of torch
+        adapter={"r": 4, "dropout": 0.0},
+        training={"steps": 4, "log_every": 1, "evaluate_every": 4, "checkpoint_every": 4, "schedule": "constant"},
+    )
+    return [line["loss"] for line in tiny.lines(training.train(settings)) if line["kind"] == "train"]
+
+
+def renew():
+    for method in tiny.METHODS:
+        values = ", ".join(f"{loss:.5f}" for loss in losses(method, tiny.folder() / method))
+        print(f'    "{method}": [{values}],')  # noqa: T201
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_the_losses_are_those_on_record(method, tmp_path):
+    assert len({tuple(values) for values in GOLDEN.values()}) == len(tiny.METHODS), "methods can't be told apart"
+    assert losses(method, tmp_path / "run") == pytest.approx(GOLDEN[method], abs=TOLERANCE)
