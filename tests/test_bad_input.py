@@ -178,7 +178,7 @@ SPELLED = [
     ({"adapter": {"rank": 5}}, "unknown setting 'adapter.rank'"),
     ({"tasks": mood(templat="{text}")}, "task 'mood': unknown key 'templat'; did you mean 'template'?"),
     (
-        {"tasks": mood(source={"trian": "mood.jsonl"})},
+        {"tasks": mood(source={"trian": "x.csv"})},
         "task 'mood': source: unknown key 'trian'; did you mean 'train'?",
     ),
     ({"tasks": mood(metrics=["acuracy"])}, "task 'mood': unknown metric 'acuracy'; did you mean 'accuracy'?"),
@@ -343,7 +343,7 @@ def test_a_full_disk_at_any_write(refused, tmp_path, monkeypatch, function, at):
     monkeypatch.undo()
     check_whole(tmp_path)
     if not run.exists():
-        assert at < 4, "a run that had begun is gone"
+        assert at < 7, "a run that had begun is gone"
         return
     monkeypatch.setattr("unolora.report.write_report", lambda folder: folder)
     assert unolora_cli.main(["train", "--resume", str(run)]) == 0

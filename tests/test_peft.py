@@ -745,6 +745,7 @@ def test_compiled_forward_takes_names_and_trains():
         model(**inputs)
 
 
+@pytest.mark.slow  # a C++ compiler runs, once
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, from inductor
 def test_compiled_by_inductor():

@@ -17,9 +17,10 @@ from unolora.settings import from_dict
 
 
 @pytest.fixture(autouse=True)
-def _no_report(monkeypatch):
-    """Which takes a quarter of a tiny run's time; the command line's tests write it."""
+def _quick(monkeypatch):
+    """Without the report and the waits for the disk: a third of a tiny run's time, and tested elsewhere."""
     monkeypatch.setattr("unolora.report.write_report", lambda folder: folder)
+    monkeypatch.setattr("os.fsync", lambda _: None)
 
 
 class Crash(Exception):  # noqa: N818

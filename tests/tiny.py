@@ -36,6 +36,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 NAMES = ["mood", "topic", "heat"]
 ROWS = 80
 METHODS = ("full", "heads-only", "lora-per-task", "lora-shared", "unolora")
+tf.logging.disable_progress_bar()
 gc.freeze()  # the Trainer collects garbage at each start, and all that is imported would be looked through
 _folders = tempfile.TemporaryDirectory(prefix="unolora-tests-")
 

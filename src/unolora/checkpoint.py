@@ -12,16 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 from unolora.config import PEFT_TYPE, WEIGHTS_NAME, check_weights_file
 from unolora.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from unolora.model import UnoLoraModel
 
 
 class Checkpoint(dict[str, Tensor]):
@@ -42,7 +39,7 @@ class Checkpoint(dict[str, Tensor]):
         )
 
 
-def adapter_state(tuner: UnoLoraModel, adapter_name: str) -> dict[str, Tensor]:
+def adapter_state(tuner: Any, adapter_name: str) -> dict[str, Tensor]:
     """Return all tensors of an adapter, by their keys in a `PeftModel`'s state."""
     state: dict[str, Tensor] = {}
     for name, layer in tuner.layers(adapter_name).items():
@@ -54,11 +51,11 @@ def adapter_state(tuner: UnoLoraModel, adapter_name: str) -> dict[str, Tensor]:
     return state
 
 
-def check_state(tuner: UnoLoraModel, adapter_name: str, state: Mapping[str, Tensor], *, source: str) -> None:
+def check_state(tuner: Any, adapter_name: str, state: Mapping[str, Tensor], *, source: str) -> None:
     """Check that a checkpoint fits an adapter in every key, shape and row, before anything is copied.
 
     Args:
-        tuner: The model that the checkpoint is loaded into.
+        tuner: The `UnoLoraModel` that the checkpoint is loaded into.
         adapter_name: Its adapter.
         state: The tensors under the model's keys.
         source: The file, for the message.
@@ -125,7 +122,7 @@ def _conditioning(state: Mapping[str, Tensor]) -> str:
     return "task+sample" if any(key.endswith(".bottleneck.0.weight") for key in keys) else "task"
 
 
-def _passengers(tuner: UnoLoraModel, adapter_name: str) -> set[str]:
+def _passengers(tuner: Any, adapter_name: str) -> set[str]:
     """Return the keys that may travel with an adapter: its modules_to_save, and resized embeddings."""
     keys = {f"base_model.{key}" for key in tuner.state_dict() if f".modules_to_save.{adapter_name}." in key}
     embeddings = []

@@ -115,7 +115,7 @@ def predict(arguments: Sequence[str]) -> int:
 
 def tasks(arguments: Sequence[str]) -> int:
     """List tasks."""
-    parser = _Parser(prog="unolora tasks", description=COMMANDS["tasks"])
+    parser = _Parser("tasks")
     parser.add_argument("run", type=Path, nargs="?", help="run folder; the built-in tasks without one")
     options = parser.parse_args(arguments)
     from unolora.runs import read_tasks
@@ -142,7 +142,7 @@ def report(arguments: Sequence[str]) -> int:
 
 def doctor(arguments: Sequence[str]) -> int:
     """Describe the installation and the machine."""
-    parser = _Parser(prog="unolora doctor", description=COMMANDS["doctor"])
+    parser = _Parser("doctor")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     from unolora.doctor import examine
@@ -212,13 +212,16 @@ def _one_line(error: Exception, known: Sequence[str]) -> str:
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as all others here."""
 
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=f"unolora {command}", description=COMMANDS[command], allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
         raise InputError(f"{_one_line(ValueError(message), known)}; see `{self.prog} --help`")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"unolora {command}", description=COMMANDS[command])
+    parser = _Parser(command)
     parser.add_argument("run", type=Path, help="run folder")
     return parser
 

@@ -76,7 +76,21 @@ class Hypernetwork(nn.Module):
         self.combine = _mlp(2 * d if sample_dim is None else 3 * d, 2 * d, 2 * d, 2 * d, d)
         self.scale_weight = nn.Parameter(torch.empty(P, r, d))  # S_p, one map for each projection
         self.scale_bias = nn.Parameter(torch.zeros(P, r))
-        nn.init.normal_(self.scale_weight, std=0.02)
+        if scale_init == "one":
+            self._spread()
+        else:
+            nn.init.normal_(self.scale_weight, std=0.02)
+
+    def _spread(self) -> None:
+        """Start with s about 0.5 around 1, other for each task and place: with B zero the output is still that of W.
+
+        torch's own start shrinks the signal at every layer, so that e_t would hardly tell tasks apart.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.scale_weight, std=0.5 * self.scale_weight.shape[-1] ** -0.5)
 
     def forward(self, tasks: Tensor, sample: Tensor | None = None) -> Tensor:
         """Return s for every sample and projection.
