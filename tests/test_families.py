@@ -256,7 +256,8 @@ def test_plain_module(conditioning, shape, tmp_path):
 def test_plain_module_averages_its_input():
     model, x = plain("task+sample", sample_dim=WIDTH), torch.randn(1, 5, WIDTH)
     shuffled = x[:, [3, 1, 0, 2, 4]]
-    assert apart(output(model, x=shuffled, tasks="sort"), output(model, x=x, tasks="sort")[:, [3, 1, 0, 2, 4]]) < 1e-5
+    found, expected = output(model, x=shuffled, tasks="sort"), output(model, x=x, tasks="sort")[:, [3, 1, 0, 2, 4]]
+    assert apart(found, expected) < 1e-5 * expected.abs().max()
     assert apart(output(model, x=x[:, :1], tasks="sort"), output(model, x=x, tasks="sort")[:, :1]) > 1e-3
 
 
@@ -276,7 +277,7 @@ def test_module_with_embeddings_alone():
     assert model.uno_hypernetwork["default"].bottleneck[0].in_features == WIDTH
     ids, mask = torch.randint(0, 64, (3, 5)), torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] * 5])
     together = output(model, input_ids=ids, attention_mask=mask, tasks=MIXED)
-    assert apart(together[1:2, :3], output(model, input_ids=ids[1:2, :3], tasks="sort")) < 1e-5
+    assert apart(together[1:2, :3], output(model, input_ids=ids[1:2, :3], tasks="sort")) < 1e-4
 
 
 def test_attentions_own_projection_is_refused():

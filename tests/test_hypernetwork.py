@@ -165,15 +165,17 @@ def test_each_sample_is_alone(tasks):
     torch.testing.assert_close(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize(("scale_init", "start"), [("one", 1.0), ("paper", 0.0)])
-def test_start(scale_init, start):
-    of = network(awake=False, scale_init=scale_init)
-    s = of(torch.tensor([0, 1, 2]), torch.randn(3, 6))
-    assert (s - start).abs().max() < 0.2
-    assert (s - start).abs().max() > 0  # S(e_t) is there, small
+@pytest.mark.parametrize(("scale_init", "start", "spread"), [("one", 1.0, (0.2, 1.0)), ("paper", 0.0, (1e-4, 0.05))])
+def test_start(scale_init, start, spread):
+    of = network(K=20, P=40, r=8, awake=False, scale_init=scale_init)
+    S = of(torch.arange(20), torch.randn(20, 6)) - start
+    assert spread[0] < S.std() < spread[1]
+    assert abs(S.mean()) < 0.3 * spread[1]
+    tasks = of(torch.arange(20), torch.zeros(20, 6)).std(dim=0).mean()  # apart by their tasks alone
+    assert spread[0] / 10 < tasks < spread[1]
     with torch.no_grad():
         of.scale_weight.zero_()
-    assert torch.equal(of(torch.tensor([0]), torch.randn(1, 6)), torch.full((1, 4, 2), start))
+    assert torch.equal(of(torch.tensor([0]), torch.randn(1, 6)), torch.full((1, 40, 8), start))
 
 
 def test_positions_are_shared_modulo_their_number():

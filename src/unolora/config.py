@@ -41,7 +41,7 @@ class UnoLoraConfig(PeftConfig):
         bottleneck_dim: Width d_b of the bottleneck MLP on the sample encoding.
         sample_dim: Width d_s of the sample encoding: the width of the backbone's input embeddings, found by itself;
             a number given here is checked against it.
-        scale_init: "one": s = 1 + S(e_t), so that training starts as plain LoRA does. "paper": s = S(e_t), which
+        scale_init: "one": s = 1 + S(e_t), which starts around 1 and differs between tasks. "paper": s = S(e_t), which
             starts near zero.
         num_positions: Rows of the position embedding. By default one for each adapted projection; fewer rows are shared
             modulo their number, as the paper's code does with 48 rows for T5-base's 72 projections.
