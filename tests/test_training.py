@@ -309,6 +309,35 @@ def test_the_best_evaluation_is_kept():
     assert results["averages"]["mean_of_first_metrics"]["validation"] == best["average"]
 
 
+@pytest.mark.parametrize("end", [None, interrupted, crashed])
+def test_the_best_weights_are_kept_not_the_last(end, tmp_path, monkeypatch):
+    """Also where the best lies before the stop, and an equal score comes later."""
+    scores, real, weights_at = {2: 0.1, 4: 0.7, 6: 0.3, 8: 0.7, 10: -0.2, 12: 0.5}, scoring.evaluate, {}
+
+    def evaluate(model, tasks, splits, collate):
+        step = trainers["it"].state.global_step
+        if splits is trainers["it"].splits["test"]:
+            return real(model, tasks, splits, collate)
+        weights_at[step] = {name: value.clone() for name, value in runs.state(model).items()}
+        return {task.name: {metric: scores[step] for metric in task.metrics} for task in tasks}
+
+    monkeypatch.setattr(scoring, "evaluate", evaluate)
+    settings = tiny.settings(tmp_path / "run", training={"evaluate_every": 2, "checkpoint_every": 4})
+    trainers = {}
+
+    def stopping(make):
+        return lambda label, trainer: (trainers.update(it=trainer), make(label, trainer))[1]
+
+    if end is not None:
+        with pytest.raises((training.Interrupted, Crash)):
+            training.train(settings, progress=stopping({interrupted: stop_at, crashed: crash_at}[end](7)))
+    training.train(settings, resume=end is not None, progress=stopping(lambda *_: tiny.Watch()))
+    assert tiny.results(tmp_path / "run")["best_step"] == 4
+    model = runs.load_run(tmp_path / "run").model
+    assert all(torch.equal(value, weights_at[4][name]) for name, value in runs.state(model).items())
+    assert not all(torch.equal(value, weights_at[4][name]) for name, value in weights_at[12].items())
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rates(schedule, tmp_path):
     run = training.train(
@@ -363,6 +392,25 @@ def test_accumulation_does_not_change_the_step(method, tmp_path):
     if method == "full":  # Adam blows up the rounding where a gradient is next to zero, as that of key.bias is
         apart = apart.quantile(0.999)
     assert apart.max() < 1e-6
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_gradients_are_those_of_the_whole_batch(parts, tmp_path):
+    """Adam and clipping hide a factor; so the gradients themselves are looked at, before either."""
+    found = {}
+
+    class Look(tiny.Watch):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            found.setdefault(args.gradient_accumulation_steps, model.heads.linear["task_mood"].weight.grad.clone())
+
+    for accumulation in (1, parts):
+        settings = plain(
+            tmp_path, f"{accumulation}", steps=1, method="heads-only",
+            training={"gradient_accumulation": accumulation, "max_grad_norm": 1e9},
+        )  # fmt: skip
+        training.train(settings, progress=lambda *_: Look())
+    assert found[1].abs().max() > 0.01
+    torch.testing.assert_close(found[parts], found[1], atol=1e-6, rtol=1e-5)
 
 
 def test_the_loss_is_the_mean_over_the_rows_of_the_batch(tmp_path):

@@ -82,7 +82,7 @@ class Hypernetwork(nn.Module):
             nn.init.normal_(self.scale_weight, std=0.02)
 
     def _spread(self) -> None:
-        """Start with s about 0.5 around 1, other for each task and place: with B zero the output is still that of W.
+        """Start with s spread around 1, other for each task and place: with B zero the output is still that of W.
 
         torch's own start shrinks the signal at every layer, so that e_t would hardly tell tasks apart.
         """
