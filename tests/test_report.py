@@ -499,7 +499,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch, function):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, function, fail)
-        with pytest.raises(InputError, match="can't be written .disk full.; choose another folder"):
+        with pytest.raises(InputError, match=r"can't be written .disk full.; choose another folder"):
             report.write_report(tmp_path)
     assert path.read_bytes() == old
     assert sorted(tmp_path.iterdir()) == before

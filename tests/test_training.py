@@ -319,7 +319,7 @@ def test_the_best_weights_are_kept_not_the_last(end, tmp_path, monkeypatch):
         if splits is trainers["it"].splits["test"]:
             return real(model, tasks, splits, collate)
         weights_at[step] = {name: value.clone() for name, value in runs.state(model).items()}
-        return {task.name: {metric: scores[step] for metric in task.metrics} for task in tasks}
+        return {task.name: dict.fromkeys(task.metrics, scores[step]) for task in tasks}
 
     monkeypatch.setattr(scoring, "evaluate", evaluate)
     settings = tiny.settings(tmp_path / "run", training={"evaluate_every": 2, "checkpoint_every": 4})
