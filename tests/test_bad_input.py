@@ -233,6 +233,10 @@ def test_flags_that_make_no_sense(refused, config, flags, words):
     refused(["train", config(), *flags], words)
 
 
+def test_a_flag_that_is_known_is_not_guessed_at(refused, config):
+    assert "did you mean" not in refused(["train", config(), "--training.steps"], "--training.steps")
+
+
 @pytest.mark.parametrize("arguments", [[], ["--method", "full"]])
 def test_no_file(refused, arguments):
     refused(["train", *arguments], "`tasks` is empty; name at least one (`unolora tasks` lists the built-in ones)")

@@ -403,6 +403,13 @@ def test_predict_lines(call, wanted, stdin, tmp_path, way, end):
     assert found == wanted("mood", ("good",), *((line,) for line in lines[1:]))
 
 
+def test_the_mark_of_the_byte_order_is_no_text(tmp_path, stdin):
+    (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbfgood\nbad\n")
+    assert cli._lines(tmp_path / "texts.txt") == ["good", "bad"]
+    stdin((tmp_path / "texts.txt").read_bytes())
+    assert cli._lines(None) == ["good", "bad"]
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".JSONL", ".csv", ".tsv", ".parquet"])
 @pytest.mark.parametrize("task", ["mood", "heat"])
 def test_predict_tables(call, wanted, tmp_path, ending, task):

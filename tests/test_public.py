@@ -30,7 +30,7 @@ ALLOWED = {
     "settings": {"config", "methods", "sampling"},
     "heads": {"hypernetwork", "tasks"},
     "data": {"sampling", "tasks"},
-    "runs": {"atomic", "config", "heads", "methods", "settings", "tasks"},
+    "runs": {"atomic", "checkpoint", "config", "heads", "methods", "settings", "tasks"},
     "scoring": {"data", "heads", "metrics", "runs", "tasks"},
     "report": {"atomic"},
     "progress": {"training"},

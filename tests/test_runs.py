@@ -274,6 +274,21 @@ def test_damaged_weights_are_named(method, file, how, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"peft_type": "LORA"}', None])
+@pytest.mark.parametrize("method", ["lora-shared", "unolora"])
+def test_a_run_has_its_settings_in_its_own_config(method, text, tmp_path):
+    """PEFT's adapter_config.json is for others: a damaged one costs no prediction."""
+    run = tiny.copied(tiny.trained(method), tmp_path)
+    path = run / "adapter" / "adapter_config.json"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    assert torch.equal(
+        logits(runs.load_run(run).model, tiny.TRAINERS[method]),
+        logits(tiny.TRAINERS[method].model, tiny.TRAINERS[method]),
+    )
+
+
 BROKEN_TASKS = ["", "{", "5", "[]", "[5]", '{"a": 1}', '[{"name": "x"}]', None]
 
 

@@ -105,6 +105,11 @@ def test_resumed_after_a_crash_is_uninterrupted(step, tmp_path):
     same(resumed(settings), whole)
 
 
+def test_a_signal_at_the_last_step_stops_nothing(tmp_path):
+    training.train(tiny.settings(tmp_path / "run"), progress=stop_at(12))
+    same(tmp_path / "run", tiny.trained())
+
+
 def test_resumed_often_is_uninterrupted(tmp_path):
     settings = tiny.settings(tmp_path / "run", method="lora-per-task")
     crashed(settings, 3)

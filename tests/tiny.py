@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import TrainerCallback
 
 from unolora import training
+from unolora.report import write_report
 from unolora.settings import Settings, from_dict
 
 FILLERS = ["the", "a", "it", "was", "we", "saw", "this", "very", "then", "and", "so", "on", "in", "day", "there"]
@@ -185,7 +186,10 @@ TRAINERS: dict[str, training.MultiTaskTrainer] = {}
 @functools.cache
 def trained(method: str = "unolora") -> Path:
     """A finished run of a method, uninterrupted, whose trainer is in TRAINERS. For reading only."""
-    return training.train(settings(folder() / "run", method=method), progress=watched(TRAINERS, method))
+    run = training.train(settings(folder() / "run", method=method), progress=watched(TRAINERS, method))
+    if not (run / "report.html").exists():  # the first test that asked may do without reports
+        write_report(run)
+    return run
 
 
 class Watch(TrainerCallback):

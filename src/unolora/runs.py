@@ -24,7 +24,8 @@ from torch import nn
 
 from unolora import settings as run_settings
 from unolora.atomic import new_folder
-from unolora.config import check_weights_file
+from unolora.checkpoint import Checkpoint
+from unolora.config import WEIGHTS_NAME, check_weights_file
 from unolora.errors import CheckpointError, InputError
 from unolora.heads import MultiTaskModel, TaskHeads
 from unolora.methods import METHODS, label
@@ -216,12 +217,12 @@ def _load_encoder(model: MultiTaskModel, method: str, adapter: Path) -> None:
 
     encoder: Any = getattr(model.encoder, "backbone", model.encoder)
     if method == "unolora":
-        check_weights_file(adapter / "adapter_model.safetensors")
-        encoder.peft_config["default"].source = str(adapter / "adapter_model.safetensors")
-        encoder.load_adapter(adapter, "default", torch_device="cpu")
+        path = adapter / WEIGHTS_NAME
+        check_weights_file(path)
+        set_peft_model_state_dict(encoder, Checkpoint(_tensors(path), str(path)))
     elif isinstance(encoder, PeftModel):
         for name in list(encoder.peft_config):
-            path = (adapter if name == "default" else adapter / name) / "adapter_model.safetensors"
+            path = (adapter if name == "default" else adapter / name) / WEIGHTS_NAME
             found = _tensors(path)
             _check_same(path, get_peft_model_state_dict(encoder, adapter_name=name), found)  # PEFT only warns
             set_peft_model_state_dict(encoder, found, adapter_name=name)
