@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import tiny
 import unolora_cli
-from unolora import runs, training
+from unolora import runs
 from unolora.tasks import download
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -299,14 +299,14 @@ def test_arguments_that_make_no_sense(refused, arguments, words):
 # --- the disk ------------------------------------------------------------------------------------------------------
 
 
-def failing(monkeypatch, where, name, at, error=FULL):
+def failing(monkeypatch, where, name, at):
     """Let a function raise from its call number `at` on; returns the list of calls."""
     calls, real = [], getattr(where, name)
 
     def fail(*args, **kwargs):
         calls.append(args)
         if len(calls) > at:
-            raise error
+            raise FULL
         return real(*args, **kwargs)
 
     monkeypatch.setattr(where, name, fail)
@@ -375,13 +375,22 @@ def test_a_full_disk_at_a_file(refused, tmp_path, monkeypatch, which):
     assert not (tmp_path / "run" / "results.json").exists()
 
 
-@pytest.mark.parametrize("where", [training, runs])
-def test_a_full_disk_as_safetensors_tells_it(refused, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize(
+    ("file", "words"), [("weights.safetensors", "checkpoints/step-000004"), ("heads.safetensors", "adapter")]
+)
+def test_a_full_disk_as_safetensors_tells_it(refused, tmp_path, monkeypatch, file, words):
     path = tiny.write_yaml(tmp_path / "mine.yaml", tmp_path / "run", method="heads-only")
-    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    failing(monkeypatch, where, "save_file", 0, error)
-    words = "adapter" if where is runs else "checkpoints/step-000004"
+    real, hit = runs.save_file, []
+
+    def save(tensors, target):
+        if target.name == file:
+            hit.append(target)
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        real(tensors, target)
+
+    monkeypatch.setattr(runs, "save_file", save)
     refused(["train", path], "no space left to write ", words, wrote=True)
+    assert hit
     monkeypatch.undo()
     check_whole(tmp_path)
 

@@ -24,7 +24,7 @@ def train(arguments: Sequence[str]) -> int:
     """Train a method, with a bar for each; print the scores and where the report is."""
     settings, root, resume = _train_settings(list(arguments))
     _quiet_libraries()
-    from unolora import training
+    from unolora import runs, training
     from unolora.progress import Bar
 
     console, bars = _console(), ExitStack()
@@ -42,7 +42,7 @@ def train(arguments: Sequence[str]) -> int:
         return 130
     except KeyboardInterrupt:
         begun = Path(settings.output or "", "config.yaml").is_file()
-        way = f"; {training.how_to_go_on(Path(settings.output or ''))}" if begun else ""
+        way = f"; {runs.how_to_go_on(Path(settings.output or ''))}" if begun else ""
         sys.stderr.write(f"interrupted{way}\n")
         return 130
     results = [folder / "results.json", *sorted((folder / "baselines").glob("*/results.json"))]

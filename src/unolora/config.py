@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import struct
@@ -153,8 +154,6 @@ def check_weights_file(path: Path) -> None:
 
 def _what_is_broken(path: Path) -> str:
     """Say how a file that safetensors refuses differs from a whole one, from the length in its first 8 bytes."""
-    import json
-
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)

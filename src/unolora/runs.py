@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -26,7 +28,7 @@ from unolora import settings as run_settings
 from unolora.atomic import new_folder
 from unolora.checkpoint import Checkpoint
 from unolora.config import WEIGHTS_NAME, check_weights_file
-from unolora.errors import CheckpointError, InputError
+from unolora.errors import CheckpointError, InputError, unknown
 from unolora.heads import MultiTaskModel, TaskHeads
 from unolora.methods import METHODS, label
 from unolora.settings import Settings
@@ -58,8 +60,6 @@ class Run:
         Raises:
             InputError: The run has no such task; the message names the nearest.
         """
-        from unolora.errors import unknown
-
         names = [task.name for task in self.tasks]
         if name not in names:
             raise unknown("task", name, names)
@@ -174,10 +174,7 @@ def save_adapter(model: MultiTaskModel, settings: Settings, method: str, tasks: 
         inner: Any = getattr(model.encoder, "backbone", model.encoder)
         if method != "heads-only":
             inner.save_pretrained(temporary)
-        save_file(
-            {name: value.contiguous() for name, value in model.heads.state_dict().items()},
-            temporary / "heads.safetensors",
-        )
+        save_tensors(model.heads.state_dict(), temporary / "heads.safetensors")
         rows = [asdict(task) | {"row": row} for row, task in enumerate(tasks)]
         (temporary / "tasks.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(_card(settings, method, tasks), encoding="utf-8")
@@ -196,11 +193,9 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     settings = read_settings(path)
     adapter = path / "adapter"
     if not adapter.is_dir():
-        raise InputError(
-            f"{path}: no adapter/ in it; the run did not finish, go on with `unolora train --resume {path}`"
-        )
+        raise InputError(f"{path}: no adapter/ in it; the run did not finish, {how_to_go_on(path)}")
     tasks = read_tasks(adapter / "tasks.json")
-    heads = _tensors(adapter / "heads.safetensors")
+    heads = load_tensors(adapter / "heads.safetensors")
     model, tokenizer = build(settings, settings.method, tasks, {})
     try:
         model.heads.load_state_dict(heads)
@@ -219,11 +214,11 @@ def _load_encoder(model: MultiTaskModel, method: str, adapter: Path) -> None:
     if method == "unolora":
         path = adapter / WEIGHTS_NAME
         check_weights_file(path)
-        set_peft_model_state_dict(encoder, Checkpoint(_tensors(path), str(path)))
+        set_peft_model_state_dict(encoder, Checkpoint(load_tensors(path), str(path)))
     elif isinstance(encoder, PeftModel):
         for name in list(encoder.peft_config):
             path = (adapter if name == "default" else adapter / name) / WEIGHTS_NAME
-            found = _tensors(path)
+            found = load_tensors(path)
             _check_same(path, get_peft_model_state_dict(encoder, adapter_name=name), found)  # PEFT only warns
             set_peft_model_state_dict(encoder, found, adapter_name=name)
     elif method == "full":
@@ -304,13 +299,26 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
+def how_to_go_on(folder: Path) -> str:
+    """Say the command that goes on with a run."""
+    return f"go on with `unolora train --resume {shlex.quote(str(folder))}`"
 
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors as a safetensors file, views among them."""
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+
+
+def load_tensors(path: Path, fix: str = "copy it again from where it was trained") -> dict[str, torch.Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: It can't be read; the message names it and ends in `fix`.
+    """
     try:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: can't be read: {error}") from error
+        raise CheckpointError(f"{path}: can't be read ({error}); {fix}") from error
 
 
 def _card(settings: Settings, method: str, tasks: Sequence[Task]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 import shutil
 import signal
 import time
@@ -23,8 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -47,14 +44,12 @@ class Interrupted(Exception):  # noqa: N818  # nothing went wrong
     """Training stopped on a signal, after writing a checkpoint; `folder` is the run to resume."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        super().__init__(f"stopped at step {step}; {how_to_go_on(folder)}")
+        super().__init__(f"stopped at step {step}; {runs.how_to_go_on(folder)}")
         self.folder, self.step = folder, step
 
 
-def how_to_go_on(folder: Path) -> str:
-    """Say the command that goes on with a run."""
-    return f"go on with `unolora train --resume {shlex.quote(str(folder))}`"
-
+ONE_BEFORE = "delete its folder to resume from the one before"
+"""What to do with a damaged checkpoint."""
 
 Splits = Mapping[str, Mapping[int, Encoded]]
 """Split -> task row -> its tokens."""
@@ -67,7 +62,7 @@ def train(settings: Settings, *, root: Path | None = None, resume: bool = False,
         settings: The run.
         root: Folder that relative data files start from, where `data.root` is not set.
         resume: Go on with the run that is in the output folder.
-        progress: Called as progress(label, steps) for each method; gives a Trainer callback that shows it.
+        progress: Called as progress(label, trainer) for each method; gives a Trainer callback that shows it.
 
     Returns:
         The run folder.
@@ -122,7 +117,7 @@ def _check_folder(folder: Path, settings: Settings, resume: bool) -> None:
         raise InputError(f"{folder} holds other files and no run; it is not overwritten, choose another `output`")
     elif not settings.overwrite:
         raise InputError(
-            f"{folder} already holds a run; choose another `output`, set `overwrite`, or {how_to_go_on(folder)}"
+            f"{folder} already holds a run; choose another `output`, set `overwrite`, or {runs.how_to_go_on(folder)}"
         )
 
 
@@ -192,7 +187,7 @@ def _train_method(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.stopped:
         return int(trainer.state.global_step)
-    runs.load_state(model, _load(trainer.best / "weights.safetensors"), trainer.best)
+    runs.load_state(model, runs.load_tensors(trainer.best / "weights.safetensors", ONE_BEFORE), trainer.best)
     best = _read_json(trainer.best / "state.json", "step", "validation")
     scores = {
         "validation": best["validation"],
@@ -387,7 +382,7 @@ class MultiTaskTrainer(Trainer):
         if not self.args.should_save:
             return
         with new_folder(self.best) as folder:
-            _save(runs.state(self.model), folder / "weights.safetensors")
+            runs.save_tensors(runs.state(self.model), folder / "weights.safetensors")
             write_json(folder / "state.json", {"step": self.state.global_step, "validation": scores})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -395,8 +390,8 @@ class MultiTaskTrainer(Trainer):
         moments = self.optimizer.state_dict()["state"]
         log = self.folder / "metrics.jsonl"
         with new_folder(self.folder / "checkpoints" / f"step-{step:06d}") as folder:
-            _save(runs.state(self.model), folder / "weights.safetensors")
-            _save(
+            runs.save_tensors(runs.state(self.model), folder / "weights.safetensors")
+            runs.save_tensors(
                 {f"{i}.{name}": value for i, values in moments.items() for name, value in values.items()},
                 folder / "optimizer.safetensors",
             )
@@ -422,7 +417,7 @@ class MultiTaskTrainer(Trainer):
         )
         _read_json(folder / "trainer_state.json", "global_step")  # the Trainer reads it next
         _check_settings(folder, kept["settings"], self.settings)
-        runs.load_state(self.model, _load(folder / "weights.safetensors"), folder)
+        runs.load_state(self.model, runs.load_tensors(folder / "weights.safetensors", ONE_BEFORE), folder)
         self._since_log = np.array(kept["since_log"])
         self.train_seconds, self.evaluation_seconds = kept["train_seconds"], kept["evaluation_seconds"]
         log = self.folder / "metrics.jsonl"
@@ -434,7 +429,7 @@ class MultiTaskTrainer(Trainer):
             return
         found = self.optimizer.state_dict()
         found["state"] = {}
-        for name, value in _load(Path(checkpoint) / "optimizer.safetensors").items():
+        for name, value in runs.load_tensors(Path(checkpoint) / "optimizer.safetensors", ONE_BEFORE).items():
             i, _, key = name.partition(".")
             found["state"].setdefault(int(i), {})[key] = value
         self.optimizer.load_state_dict(found)
@@ -495,28 +490,13 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: can't be read ({error}); delete its folder to resume from the one before"
-        ) from error
-
-
 def _read_json(path: Path, *needed: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: can't be read ({error}); delete its folder to resume from the one before"
-        ) from error
+        raise CheckpointError(f"{path}: can't be read ({error}); {ONE_BEFORE}") from error
     if not isinstance(found, dict) or not found.keys() >= set(needed):
-        raise CheckpointError(f"{path}: expected {', '.join(needed)}; delete its folder to resume from the one before")
+        raise CheckpointError(f"{path}: expected {', '.join(needed)}; {ONE_BEFORE}")
     return found
 
 
@@ -550,7 +530,7 @@ def _results(
     scores: Mapping[str, Mapping[str, Any]],
     best_step: int,
 ) -> dict[str, Any]:
-    """Gather results.json; see the README for what each name means."""
+    """Gather results.json: scores of both splits, what a constant scores, parameters and times."""
     settings, model = trainer.settings, trainer.model
     seen = trainer.seen()
     total = sum(p.numel() for p in model.parameters())
