@@ -100,9 +100,9 @@ class Encoder(torch.nn.Module):
         super().__init__()
         self.states, self.seen = states, None
 
-    def forward(self, **inputs):
-        self.seen = inputs
-        return type("Output", (), {"last_hidden_state": self.states})
+    def forward(self, tasks, **inputs):
+        self.seen = {"tasks": tasks, **inputs}
+        return self.states
 
 
 def test_the_model_pools_over_the_mask_and_means_over_rows(heads):

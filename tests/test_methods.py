@@ -11,7 +11,7 @@ from unolora import runs, scoring
 from unolora.data import Collator, encode
 from unolora.methods import METHODS, label
 from unolora.methods.baselines import LoraPerTask, lora_config
-from unolora.settings import Adapter
+from unolora.settings import Adapter, Settings
 from unolora.tasks.rows import Rows
 
 KNOW_TASKS = ("lora-per-task", "unolora")
@@ -61,7 +61,7 @@ def test_tasks_are_felt_where_a_method_knows_them(run):
     batch["tasks"] = torch.tensor([0, 2])
     batch.pop("labels")
     with torch.no_grad():
-        states = run.model.encoder(**batch).last_hidden_state
+        states = run.model.method(**batch)
     assert torch.equal(states[0], states[1]) == (run.settings.method not in KNOW_TASKS)
 
 
@@ -109,7 +109,7 @@ def inputs(seed, tasks):
 def test_only_the_tasks_of_a_batch_get_gradients(tasks):
     model = lora_per_task().train()
     assert len(loras(model, "mood")) == 8
-    model(torch.tensor(tasks), **inputs(0, tasks)).last_hidden_state.square().mean().backward()
+    model(torch.tensor(tasks), **inputs(0, tasks)).square().mean().backward()
     for row, name in enumerate(tiny.NAMES):
         for key, parameter in loras(model, name).items():
             assert parameter.requires_grad, key
@@ -124,12 +124,12 @@ def test_only_the_tasks_of_a_batch_get_gradients(tasks):
 def test_gradients_of_a_mixed_batch_are_those_of_its_rows():
     tasks, batch = [1, 0, 1, 2], inputs(1, range(4))
     model = lora_per_task().train()
-    model(torch.tensor(tasks), **batch).last_hidden_state.square().sum().backward()
+    model(torch.tensor(tasks), **batch).square().sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     for row, task in enumerate(tasks):
         one = {name: value[row : row + 1] for name, value in batch.items()}
-        model(torch.tensor([task]), **one).last_hidden_state.square().sum().backward()
+        model(torch.tensor([task]), **one).square().sum().backward()
     wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(found) == 24
     assert found.keys() == wanted.keys()
@@ -146,7 +146,7 @@ def test_a_tasks_lora_is_peft_alone_on_its_rows():
     def train(model, call, batches):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
         for seed, task in batches:
-            (call(task, inputs(seed, [task] * 4)).last_hidden_state - 0.5).square().mean().backward()
+            (call(task, inputs(seed, [task] * 4)) - 0.5).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -156,7 +156,11 @@ def test_a_tasks_lora_is_peft_alone_on_its_rows():
         alone = get_peft_model(backbone, copy.deepcopy(lora_config(backbone, Adapter(r=4))))
         assert {name for name, p in alone.named_parameters() if p.requires_grad} == start[task].keys()
         alone.load_state_dict(start[task], strict=False)
-        train(alone, lambda _, batch, model=alone: model(**batch), [step for step in steps if step[1] == row])
+        train(
+            alone,
+            lambda _, batch, model=alone: model(**batch).last_hidden_state,
+            [step for step in steps if step[1] == row],
+        )
         found = {name: p for name, p in alone.named_parameters() if p.requires_grad}
         for name, parameter in loras(together, task).items():
             assert torch.equal(parameter, found[name]), name
@@ -170,20 +174,21 @@ def test_names_of_tasks_do_not_meet():
     model = LoraPerTask(backbone, names, lora_config(backbone, Adapter(r=2)))
     found = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(found) == len(set(found)) == len(names) * 8
-    assert model(torch.tensor([3, 0]), **inputs(0, [0, 0])).last_hidden_state.shape == (2, 6, 32)
+    assert model(torch.tensor([3, 0]), **inputs(0, [0, 0])).shape == (2, 6, 32)
 
 
 def test_lora_adapts_what_unolora_adapts():
     found = {}
+    settings = Settings(tasks=list(tiny.NAMES), adapter=Adapter(r=4, alpha=12, dropout=0.25))
     for method in ("unolora", "lora-shared"):
         backbone, _ = runs.load_backbone(str(tiny.backbone()))
-        model = METHODS[method](backbone, tiny.NAMES, Adapter(r=4, alpha=12, dropout=0.25))
+        model = METHODS[method](backbone, tiny.NAMES, settings)
         found[method] = {
             name.rpartition("base_model.model.")[2]
             for name, module in model.named_modules()
             if hasattr(module, "base_layer")
         }
-        config = getattr(model, "backbone", model).peft_config["default"]
+        config = model.backbone.peft_config["default"]
         assert config.r == 4
         assert (config.alpha if method == "unolora" else config.lora_alpha) == 12
         assert (config.dropout if method == "unolora" else config.lora_dropout) == 0.25

@@ -28,7 +28,7 @@ ALLOWED = {
     "tasks": set(),
     "methods": {"config", "model", "settings"},
     "settings": {"config", "methods", "sampling"},
-    "heads": {"hypernetwork", "tasks"},
+    "heads": {"hypernetwork", "methods", "tasks"},
     "data": {"sampling", "tasks"},
     "runs": {"atomic", "checkpoint", "config", "heads", "methods", "settings", "tasks"},
     "scoring": {"data", "heads", "metrics", "runs", "tasks"},

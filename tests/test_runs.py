@@ -130,7 +130,7 @@ def test_peft_loads_the_adapter(method):
     batch.pop("labels")
     arguments = batch if method == "unolora" else {name: value for name, value in batch.items() if name != "tasks"}
     with torch.no_grad():
-        wanted = trainer.model.encoder.eval()(**batch).last_hidden_state
+        wanted = trainer.model.method.eval()(**batch)
         assert torch.equal(model(**arguments).last_hidden_state, wanted)
         with model.disable_adapter():
             assert not torch.equal(model(**arguments).last_hidden_state, wanted)
@@ -142,7 +142,7 @@ def test_peft_loads_the_adapter(method):
 def test_transformers_loads_a_fully_trained_backbone():
     folder = tiny.trained("full")
     model = tf.AutoModel.from_pretrained(folder / "adapter").eval()
-    trained = tiny.TRAINERS["full"].model.encoder.backbone.state_dict()
+    trained = tiny.TRAINERS["full"].model.method.backbone.state_dict()
     assert all(torch.equal(model.state_dict()[name], value) for name, value in trained.items())
 
 

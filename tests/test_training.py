@@ -449,7 +449,7 @@ def test_only_what_a_method_trains_changes(method, tmp_path):
     model = trainers["it"].model
     pretrained, _ = runs.load_backbone(settings.backbone)
     before = pretrained.state_dict()
-    after = {name.replace(".base_layer", ""): value for name, value in model.encoder.state_dict().items()}
+    after = {name.replace(".base_layer", ""): value for name, value in model.method.state_dict().items()}
     after = {name.rpartition("model.")[2].removeprefix("backbone."): value for name, value in after.items()}
     assert before.keys() <= after.keys()
     changed = [name for name in before if not torch.equal(before[name], after[name])]

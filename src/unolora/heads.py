@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from unolora.hypernetwork import encode_sample
+from unolora.methods.method import Method
 from unolora.tasks import Task
 
 
@@ -77,13 +78,13 @@ class MultiTaskModel(nn.Module):
     """An adapted encoder with a head for each task; what the trainer sees, whatever the method.
 
     Args:
-        encoder: Called with the tokenizer's inputs and `tasks`; returns something with `last_hidden_state` [B, T, D].
+        method: Called with the tokenizer's inputs and `tasks`; returns the last hidden states [B, T, D].
         heads: The heads.
     """
 
-    def __init__(self, encoder: nn.Module, heads: TaskHeads) -> None:
+    def __init__(self, method: Method, heads: TaskHeads) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.method = method
         self.heads = heads
 
     def forward(
@@ -100,7 +101,7 @@ class MultiTaskModel(nn.Module):
         Returns:
             `logits` [B, C]; with labels also `losses` [B] and their mean, `loss`.
         """
-        states = self.encoder(**inputs, attention_mask=attention_mask, tasks=tasks).last_hidden_state  # [B, T, D]
+        states = self.method(tasks, **inputs, attention_mask=attention_mask)  # [B, T, D]
         pooled = encode_sample(states, attention_mask)  # the mean over the tokens that count              [B, D]
         logits = self.heads(pooled, tasks)
         if labels is None:

@@ -31,9 +31,13 @@ from unolora.config import WEIGHTS_NAME, check_weights_file
 from unolora.errors import CheckpointError, InputError, unknown
 from unolora.heads import MultiTaskModel, TaskHeads
 from unolora.methods import METHODS, label
+from unolora.methods.method import Method
 from unolora.settings import Settings
 from unolora.tasks import Task
 from unolora.tasks.files import one_line
+
+METHOD_WEIGHTS = "method.safetensors"
+"""What a method trains that neither PEFT nor the host writes."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,12 @@ def build(
     torch.manual_seed(settings.training.seed)
     heads = TaskHeads(backbone.config.hidden_size, tasks, moments)
     try:
-        encoder = METHODS[method](backbone, [task.name for task in tasks], settings.adapter)
+        adapted = METHODS[method](backbone, [task.name for task in tasks], settings)
     except InputError:
         raise
     except (ValueError, re.error) as error:  # of PEFT, or of a `target_modules` that is no regular expression
         raise InputError(f"method {method!r} does not fit {settings.backbone!r}: {one_line(error)}") from error
-    return MultiTaskModel(encoder, heads), tokenizer
+    return MultiTaskModel(adapted, heads), tokenizer
 
 
 def _check_length(settings: Settings, backbone: Any) -> None:
@@ -171,9 +175,7 @@ def _check_same(source: Path, own: Mapping[str, torch.Tensor], found: Mapping[st
 def save_adapter(model: MultiTaskModel, settings: Settings, method: str, tasks: Sequence[Task], folder: Path) -> None:
     """Write a trained model as `folder`, whole or not at all."""
     with new_folder(folder) as temporary:
-        inner: Any = getattr(model.encoder, "backbone", model.encoder)
-        if method != "heads-only":
-            inner.save_pretrained(temporary)
+        _save_method(model.method, method, temporary)
         save_tensors(model.heads.state_dict(), temporary / "heads.safetensors")
         rows = [asdict(task) | {"row": row} for row, task in enumerate(tasks)]
         (temporary / "tasks.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -203,14 +205,24 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
         raise CheckpointError(
             f"{adapter / 'heads.safetensors'}: does not fit tasks.json beside it: {one_line(error)}"
         ) from error
-    _load_encoder(model, settings.method, adapter)
+    _load_method(model.method, settings.method, adapter)
     return Run(path, settings, tasks, model.eval(), tokenizer)
 
 
-def _load_encoder(model: MultiTaskModel, method: str, adapter: Path) -> None:
+def _save_method(model: Method, method: str, folder: Path) -> None:
+    """Write what a method trains: as PEFT or the host does where they can, else the tensors by their names."""
+    from peft import PeftModel
+
+    if isinstance(model.backbone, PeftModel) or method == "full":
+        model.backbone.save_pretrained(folder)
+    elif trained := state(model):
+        save_tensors(trained, folder / METHOD_WEIGHTS)
+
+
+def _load_method(model: Method, method: str, adapter: Path) -> None:
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
-    encoder: Any = getattr(model.encoder, "backbone", model.encoder)
+    encoder: Any = model.backbone
     if method == "unolora":
         path = adapter / WEIGHTS_NAME
         check_weights_file(path)
@@ -223,6 +235,8 @@ def _load_encoder(model: MultiTaskModel, method: str, adapter: Path) -> None:
             set_peft_model_state_dict(encoder, found, adapter_name=name)
     elif method == "full":
         _load_full(encoder, adapter)
+    elif state(model):
+        load_state(model, load_tensors(adapter / METHOD_WEIGHTS), adapter / METHOD_WEIGHTS)
 
 
 def _load_full(backbone: Any, folder: Path) -> None:

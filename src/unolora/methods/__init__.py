@@ -1,7 +1,6 @@
-"""What can be trained: each method is one function (backbone, tasks, adapter) -> encoder, all trained alike.
+"""What can be trained: each method is one function (backbone, tasks, settings) -> `Method`, all trained alike.
 
-An encoder is called with the tokenizer's inputs and `tasks` [B]. The trainer, the data and the evaluation can't tell
-the methods apart, so that a comparison is fair by construction.
+The trainer, the data and the evaluation can't tell the methods apart, so that a comparison is fair by construction.
 """
 
 from __future__ import annotations
@@ -12,50 +11,53 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from unolora.settings import Adapter
+    from unolora.methods.method import Method
+    from unolora.settings import Settings
 
-Build = Callable[["nn.Module", Sequence[str], "Adapter"], "nn.Module"]
+Build = Callable[["nn.Module", Sequence[str], "Settings"], "Method"]
 
 
-def unolora(backbone: nn.Module, tasks: Sequence[str], adapter: Adapter) -> nn.Module:
+def unolora(backbone: nn.Module, tasks: Sequence[str], settings: Settings) -> Method:
     """UnoLoRA, or UnoLoRA* where the scale depends on the task or the sample."""
     from dataclasses import asdict
 
     from peft import get_peft_model
 
     from unolora.config import UnoLoraConfig
+    from unolora.methods.baselines import UnoLora
 
-    return get_peft_model(backbone, UnoLoraConfig(tasks=list(tasks), **asdict(adapter)))
+    return UnoLora(get_peft_model(backbone, UnoLoraConfig(tasks=list(tasks), **asdict(settings.adapter))))
 
 
-def lora_shared(backbone: nn.Module, tasks: Sequence[str], adapter: Adapter) -> nn.Module:
+def lora_shared(backbone: nn.Module, tasks: Sequence[str], settings: Settings) -> Method:
     """PEFT's LoRA, one for all tasks."""
     from peft import get_peft_model
 
-    from unolora.methods.baselines import TaskBlind, lora_config
+    from unolora.methods.baselines import lora_config
+    from unolora.methods.method import Method
 
-    return TaskBlind(get_peft_model(backbone, lora_config(backbone, adapter)))
+    return Method(get_peft_model(backbone, lora_config(backbone, settings.adapter)))
 
 
-def lora_per_task(backbone: nn.Module, tasks: Sequence[str], adapter: Adapter) -> nn.Module:
+def lora_per_task(backbone: nn.Module, tasks: Sequence[str], settings: Settings) -> Method:
     """PEFT's LoRA, one for each task; every row of a batch trains its own task's."""
     from unolora.methods.baselines import LoraPerTask, lora_config
 
-    return LoraPerTask(backbone, tasks, lora_config(backbone, adapter))
+    return LoraPerTask(backbone, tasks, lora_config(backbone, settings.adapter))
 
 
-def full(backbone: nn.Module, tasks: Sequence[str], adapter: Adapter) -> nn.Module:
+def full(backbone: nn.Module, tasks: Sequence[str], settings: Settings) -> Method:
     """Full fine-tuning of the backbone on all tasks."""
-    from unolora.methods.baselines import TaskBlind
+    from unolora.methods.method import Method
 
-    return TaskBlind(backbone.requires_grad_(True))
+    return Method(backbone.requires_grad_(True))
 
 
-def heads_only(backbone: nn.Module, tasks: Sequence[str], adapter: Adapter) -> nn.Module:
+def heads_only(backbone: nn.Module, tasks: Sequence[str], settings: Settings) -> Method:
     """The frozen backbone, so that only the heads are trained."""
-    from unolora.methods.baselines import TaskBlind
+    from unolora.methods.method import Method
 
-    return TaskBlind(backbone.requires_grad_(False))
+    return Method(backbone.requires_grad_(False))
 
 
 METHODS: dict[str, Build] = {

@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import SimpleNamespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+
+from unolora.methods.method import Method
 
 if TYPE_CHECKING:
     from unolora.settings import Adapter
 
 
-def lora_config(backbone: nn.Module, adapter: Adapter) -> LoraConfig:
-    """PEFT's settings with the same rank, alpha, dropout and targets."""
+def targets(backbone: nn.Module, adapter: Adapter) -> list[str] | str | None:
+    """Return the projections to adapt: those of the settings, or else the query and value ones."""
     from unolora.model import TARGET_MODULES
 
-    targets = adapter.target_modules or TARGET_MODULES.get(getattr(backbone.config, "model_type", ""))
+    return adapter.target_modules or TARGET_MODULES.get(getattr(backbone.config, "model_type", ""))
+
+
+def lora_config(backbone: nn.Module, adapter: Adapter) -> LoraConfig:
+    """PEFT's settings with the same rank, alpha, dropout and targets."""
     return LoraConfig(
-        r=adapter.r, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout, target_modules=targets, bias="none"
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=targets(backbone, adapter),
+        bias="none",
     )
 
 
-class TaskBlind(nn.Module):
-    """An encoder that does the same for every task."""
+class UnoLora(Method):
+    """UnoLoRA's tuner as a method.
 
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
+    Args:
+        backbone: A `PeftModel` with a `UnoLoraConfig`.
+    """
 
-    def forward(self, tasks: Tensor, **inputs: Any) -> Any:
-        """Run the backbone; the tasks are left aside."""
-        return self.backbone(**inputs)
+    @contextmanager
+    def condition(self, tasks: Tensor, inputs: dict[str, Any]) -> Iterator[Any]:
+        """Set the scales of these rows; the hypernetwork runs once."""
+        tuner: Any = self.backbone.base_model
+        with tuner.condition(tasks, **inputs):
+            yield self.backbone
 
 
-class LoraPerTask(nn.Module):
+class LoraPerTask(Method):
     """One LoRA for each task. A mixed batch is run task by task, since PEFT mixes adapters at inference only.
 
     Args:
@@ -45,27 +58,23 @@ class LoraPerTask(nn.Module):
         config: Settings of each LoRA.
     """
 
+    mixes = False
+
     def __init__(self, backbone: nn.Module, tasks: Sequence[str], config: LoraConfig) -> None:
-        super().__init__()
-        from copy import deepcopy
+        names = [f"task_{task}" for task in tasks]
+        adapted = get_peft_model(backbone, deepcopy(config), adapter_name=names[0])
+        for name in names[1:]:
+            adapted.add_adapter(name, deepcopy(config))
+        adapted.base_model.set_requires_grad(names)
+        super().__init__(adapted)
+        self.names = names
 
-        self.names = [f"task_{task}" for task in tasks]
-        self.backbone = get_peft_model(backbone, deepcopy(config), adapter_name=self.names[0])
-        for name in self.names[1:]:
-            self.backbone.add_adapter(name, deepcopy(config))
-        self.backbone.base_model.set_requires_grad(self.names)
-
-    def forward(self, tasks: Tensor, **inputs: Tensor) -> Any:
-        """Run each task's rows through its LoRA and put the states [B, T, D] back in order."""
-        present = tasks.unique()
-        parts, places = [], []
-        for task in present.tolist():
-            rows = (tasks == task).nonzero().squeeze(1)
-            self.backbone.base_model.set_adapter(self.names[task])
-            out = self.backbone(**{name: value[rows] for name, value in inputs.items()})
-            parts.append(out.last_hidden_state)
-            places.append(rows)
-        # Selecting an adapter freezes the others; all of them are trained.
-        self.backbone.base_model.set_requires_grad(self.names)
-        order = torch.cat(places).argsort()
-        return SimpleNamespace(last_hidden_state=torch.cat(parts)[order])
+    @contextmanager
+    def condition(self, tasks: Tensor, inputs: dict[str, Any]) -> Iterator[Any]:
+        """Switch to the LoRA of the batch's task."""
+        tuner: Any = self.backbone.base_model
+        tuner.set_adapter(self.names[int(tasks[0])])
+        try:
+            yield self.backbone
+        finally:
+            tuner.set_requires_grad(self.names)  # selecting an adapter freezes the others; all of them are trained
