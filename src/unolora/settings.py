@@ -50,6 +50,30 @@ class Adapter:
 
 
 @dataclass
+class Rivals:
+    """What only rivals have, by default as their papers choose it for T5-base."""
+
+    hyperformer_dim: int = 24
+    """HyperFormer++: width of its adapters"""
+    hyperformer_embedding_dim: int = 64
+    """HyperFormer++: width of what its hypernetwork maps to an adapter's weights"""
+    mtl_lora_ups: int = 3
+    """MTL-LoRA: how many B's share an A"""
+    mtl_lora_temperature: float = 0.5
+    """MTL-LoRA: temperature of the softmax that mixes them"""
+    poly_skills: int = 4
+    """Poly and C-Poly: LoRAs that a task mixes"""
+    prompt_tokens: int = 100
+    """multitask prompt tuning: tokens in front of the input"""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        names = ("hyperformer_dim", "hyperformer_embedding_dim", "mtl_lora_ups", "poly_skills", "prompt_tokens")
+        _at_least(self, 1, *names)
+        _above_zero(self, "mtl_lora_temperature")
+
+
+@dataclass
 class Data:
     """How rows become tokens."""
 
@@ -155,6 +179,8 @@ class Settings:
     """methods to train beside it with the same settings, for the report"""
     adapter: Adapter = field(default_factory=Adapter)
     """the adapter"""
+    rivals: Rivals = field(default_factory=Rivals)
+    """what only rivals have"""
     data: Data = field(default_factory=Data)
     """the data"""
     sampling: Sampling = field(default_factory=Sampling)
@@ -177,7 +203,7 @@ class Settings:
             raise InputError("`tasks` is empty; name at least one (`unolora tasks` lists the built-in ones)")
 
 
-SECTIONS: dict[str, type[Any]] = {"adapter": Adapter, "data": Data, "sampling": Sampling, "training": Training}
+SECTIONS: dict[str, type[Any]] = {"adapter": Adapter, "rivals": Rivals, "data": Data, "sampling": Sampling, "training": Training}
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
