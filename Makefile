@@ -4,10 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The CPU build, which installs quickly. For another build: make setup TORCH="torch --index-url ..."
 TORCH ?= torch==2.13.0
+# GLUE as JSON lines, a folder a task, for reproduce-small.
+DATA ?= ../shared/data/glue
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup quickstart test test-fast lint format bench clean
+.PHONY: setup quickstart test test-fast lint format bench reproduce-small clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +40,9 @@ format: setup
 
 bench: setup
 	$(BIN)/python scripts/bench.py
+
+reproduce-small: setup
+	$(BIN)/python scripts/reproduce.py configs/glue-small.yaml results/glue-small --data-root $(DATA) --jobs 2
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist

@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "predict texts with one task of a run; JSON lines out",
     "tasks": "list the built-in tasks, or a run's",
     "report": "write a run's report.html again",
+    "compare": "put finished runs side by side, averaged over their seeds",
     "doctor": "say what is installed, what the machine can do, and what is missing",
 }
 """Command -> what it does; `unolora.cli` has a function of each name."""

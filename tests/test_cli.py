@@ -332,8 +332,9 @@ def test_evaluate_gives_what_the_results_say(call, split):
     assert found == {
         "split": split,
         "scores": {task["name"]: task["metrics"][split] for task in results["tasks"]},
-        "mean_of_first_metrics": results["averages"]["mean_of_first_metrics"][split],
+        **{name: values[split] for name, values in results["averages"].items()},
     }
+    assert {"mean_of_first_metrics", "mean_of_metrics", "mean_of_task_means"} < set(found)
 
 
 def test_evaluate_draws_a_table(call, monkeypatch):
@@ -345,6 +346,9 @@ def test_evaluate_draws_a_table(call, monkeypatch):
         assert metrics in row
         assert f" {task['rows']['test']} " in row
     assert "test split" in text
+    for name, values in tiny.results(tiny.trained())["averages"].items():
+        row = next(line for line in text.splitlines() if f" {name.replace('_', ' ')} " in line)
+        assert f" {values['test']:.4f} " in row
 
 
 def test_evaluate_on_the_training_rows(call):

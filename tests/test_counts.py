@@ -7,6 +7,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from conftest import TASKS, adapted, backbone, settings
 from unolora import UnoLoraConfig
+from unolora.methods import METHODS
+from unolora.settings import Settings
 
 NAMES = [f"task{i}" for i in range(10)]
 PROJECTIONS = 72  # q and v of 12 encoder self-attentions, 12 decoder self-attentions and 12 cross-attentions
@@ -92,3 +94,68 @@ def test_counts_are_printed(capsys):
     assert counted == P * r * (D + D) + hypernetwork
     model.print_trainable_parameters()
     assert f"trainable params: {counted:,} || all params: {total:,}" in capsys.readouterr().out
+
+
+# --- rivals, against their papers' formulas ------------------------------------------------------------------------
+
+D, FF, L, R, K = 768, 3072, 12, 8, 8  # of T5-base, and the paper's eight tasks
+EIGHT = NAMES[:K]
+SPAN = PROJECTIONS * R * (D + D)  # of one LoRA
+BASE = 222_903_552
+NORMS = (2 * L + 1 + 3 * L + 1) * D
+
+
+def hyperformer(E=64, H=24):
+    """The published network of one stack."""
+    embeddings = (L + 2) * E
+    combine = (3 * E + 1) * 2 * E + (2 * E + 1) * E + 2 * E
+    return embeddings + combine + (E + 1) * (H * D + H + D * H + D + 2 * D)
+
+
+COUNTS = {
+    "c-poly": PROJECTIONS * (4 + K) * R * (D + D) + PROJECTIONS * K * 4,  # 4 skills of all, 1 of each task; the logits
+    "full": BASE,
+    "full-per-task": K * BASE,
+    "heads-only": 0,
+    "hyperformer": K * 64 + 2 * hyperformer() + NORMS,
+    "ia3": L * (2 * D + FF) + L * (4 * D + FF),  # l_k, l_v, l_ff; a decoder's block has two attentions
+    "lora-matched": 9 * PROJECTIONS * (D + D),  # rank 9 is the first with UnoLoRA*'s 904,352
+    "lora-per-task": K * SPAN,
+    "lora-shared": SPAN,
+    "mtl-lora": PROJECTIONS * (R * D + 3 * D * R + K * (R * R + 3)),
+    "poly": PROJECTIONS * (4 * R * (D + D) + K * 4),
+    "prompt-tuning": 100 * D + K * (100 + D),
+    "unolora": 904_368 - 2 * 8,  # two tasks fewer than above
+}
+
+
+@pytest.fixture(scope="module")
+def rivals(t5_base):
+    """Build a method on T5-base without memory, with the settings' defaults."""
+
+    def build(method):
+        with torch.device("meta"):
+            return METHODS[method](t5_base().requires_grad_(False), EIGHT, Settings(tasks=EIGHT))
+
+    return build
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rivals_on_t5_base(method, rivals):
+    model = rivals(method)
+    assert all(p.is_meta for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == COUNTS[method]
+
+
+def test_the_published_share_of_hyperformer():
+    """0.290 % per task is what is added; the norms, which are trained too, make it 0.292 %."""
+    added = COUNTS["hyperformer"] - NORMS
+    assert added == 5_163_440
+    assert f"{100 * added / BASE / K:.3f}" == "0.290"
+    assert f"{100 * (added + NORMS) / BASE / K:.3f}" == "0.292"
+
+
+def test_the_published_sizes_of_prompt_tuning():
+    """77.6K for one task and 10.5K for each of eight, as the papers round."""
+    assert 100 * D + (100 + D) == 77_668
+    assert COUNTS["prompt-tuning"] / K == 10_468

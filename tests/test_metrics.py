@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from unolora import metrics
-from unolora.metrics import METRICS, average, baseline, score
+from unolora.metrics import METRICS, UNPARSED, average, averages, baseline, score
+from unolora.tasks.glue import GLUE, TASKS
 from unolora.tasks.task import METRIC_NAMES, Task
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -214,10 +215,102 @@ def test_vectors_that_cannot_be_scored_are_refused(name, targets, predictions, m
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
-@pytest.mark.parametrize("wrong", [0.5, -1])
+@pytest.mark.parametrize("wrong", [0.5, -2])
 def test_ids_that_are_no_ids_are_refused(name, wrong):
     with pytest.raises(ValueError, match=rf"expected label ids \(0, 1, 2, \.\.\.\) as predictions, got {float(wrong)}"):
         METRICS[name]([0, 1], [0, wrong])
+    with pytest.raises(ValueError, match=r"as targets, got -1"):
+        METRICS[name]([0, UNPARSED], [0, 1])
+
+
+# Answers that are none
+
+
+def test_unparsed_labels_by_hand():
+    targets, predictions = [1, 1, 1, 0, 0], [1, 1, -1, 0, -1]
+    toy = task("classification", labels=("no", "yes"), metrics=CLASSIFICATION)
+    assert score(toy, targets, predictions) == pytest.approx(
+        {
+            "accuracy": 3 / 5,
+            "f1": 2 * 2 / (2 * 2 + 1 + 1),  # one positive missed, and the unparsed negative is a false positive
+            "f1_macro": (2 * 2 / (2 * 2 + 1) + 2 * 1 / (2 * 1 + 1)) / 2,
+            "f1_micro": 3 / 5,
+            "matthews": sklearn.metrics.matthews_corrcoef(targets, predictions),
+        }
+    )
+
+
+@QUICK
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(-1, 2)), min_size=1, max_size=40))
+def test_unparsed_labels_are_a_class_of_their_own(pairs):
+    targets, predictions = columns(pairs)
+    assume(np.ptp(targets) and np.ptp(predictions))
+    three = task("classification", labels=("a", "b", "c"), metrics=CLASSIFICATION)
+    occurring = sorted({*targets, *predictions} - {UNPARSED})
+    macro = sklearn.metrics.f1_score(targets, predictions, labels=occurring, average="macro", zero_division=0)
+    assert score(three, targets, predictions) == pytest.approx(
+        {
+            "accuracy": sklearn.metrics.accuracy_score(targets, predictions),
+            "f1": macro,
+            "f1_macro": macro,
+            "f1_micro": sklearn.metrics.accuracy_score(targets, predictions),
+            "matthews": sklearn.metrics.matthews_corrcoef(targets, predictions),
+        },
+        abs=1e-12,
+    )
+
+
+@QUICK
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=40), st.data())
+def test_an_unparsed_label_never_helps(pairs, data):
+    targets, predictions = columns(pairs)
+    lost = data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1))
+    unparsed, opposite = predictions.copy(), predictions.copy()
+    unparsed[lost] = UNPARSED
+    opposite[lost] = 1 - targets[lost]
+    for name in ("accuracy", "f1"):
+        assert (
+            METRICS[name](targets, unparsed) == METRICS[name](targets, opposite) <= METRICS[name](targets, predictions)
+        )
+    assert metrics.f1(targets, opposite) == sklearn.metrics.f1_score(targets, opposite, zero_division=0)
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_nothing_parsed_is_nothing_right(name):
+    assert METRICS[name]([0, 1, 1], [0, 1, 1]) == 1
+    assert METRICS[name]([0, 1, 1], [UNPARSED] * 3) == 0
+    assert METRICS[name]([0, 1, 2], [UNPARSED] * 3) == 0
+
+
+def test_unparsed_numbers_are_the_most_wrong_ones():
+    targets, nan = [0.0, 2.0, 3.0, 5.0], float("nan")
+    toy = task("regression", metrics=REGRESSION)
+    assert score(toy, targets, [nan, 2.0, 3.0, nan]) == score(toy, targets, [5.0, 2.0, 3.0, 0.0])
+    assert score(toy, targets, [0.0, nan, nan, 5.0]) == score(toy, targets, [0.0, 5.0, 0.0, 5.0])
+    given = np.array([nan, 1.0, 2.0, 3.0], np.float32)
+    score(toy, targets, given)
+    assert np.isnan(given[0])  # the caller's vector is left alone
+    with pytest.raises(ValueError, match="expected finite predictions, got 1 of 4"):
+        score(toy, targets, [nan, 2.0, np.inf, 1.0])
+    with pytest.raises(ValueError, match="expected finite targets"):
+        score(toy, [nan, 1, 2, 3], [nan, 2.0, 3.0, 1.0])
+    with pytest.raises(ValueError, match=r"shapes \(4,\) and \(1,\)"):
+        score(toy, targets, [nan])
+
+
+def test_an_unparsed_number_is_wrong_where_all_targets_agree():
+    assert score(task("regression", metrics=("rmse",)), [3.0, 3.0], [3.0, 3.0]) == {"rmse": 0}
+    assert score(task("regression", metrics=("rmse",)), [3.0, 3.0], [float("nan")] * 2)["rmse"] == 1
+
+
+@QUICK
+@given(NUMBERS, st.data())
+def test_an_unparsed_number_raises_the_error_at_least_as_any_of_the_range(pairs, data):
+    targets, _ = columns(pairs)
+    guesses = np.array(data.draw(st.lists(st.sampled_from(list(targets)), min_size=len(pairs), max_size=len(pairs))))
+    unparsed = np.where(data.draw(st.lists(st.booleans(), min_size=len(pairs), max_size=len(pairs))), np.nan, guesses)
+    toy = task("regression", metrics=("rmse",))
+    assert score(toy, targets, unparsed)["rmse"] >= score(toy, targets, guesses)["rmse"]
 
 
 # Tasks
@@ -243,6 +336,45 @@ def test_f1_of_many_labels_is_macro_even_where_two_occur():
     assert metrics.f1(targets, predictions) != metrics.f1_macro(targets, predictions)
 
 
+def paper_row(cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte):
+    """Scores of the eight GLUE tasks, under the metrics that our tasks name."""
+    rows = {"cola": cola, "sst2": sst2, "mrpc": mrpc, "qqp": qqp, "stsb": stsb, "mnli": mnli, "qnli": qnli, "rte": rte}
+    assert tuple(rows) == GLUE
+    values = {name: row if isinstance(row, tuple) else (row,) for name, row in rows.items()}
+    return {name: dict(zip(TASKS[name].metrics, row, strict=True)) for name, row in values.items()}
+
+
+PLAIN = paper_row(50.79, 94.61, (85.78, 85.78), (89.99, 89.32), (88.63, 88.44), 84.71, 92.68, 77.70)
+STARRED = paper_row(56.11, 93.92, (86.76, 86.76), (89.88, 89.21), (88.52, 88.69), 85.24, 93.14, 76.26)
+
+
+@pytest.mark.parametrize(("scores", "printed"), [(PLAIN, 84.40), (STARRED, 84.95)], ids=["UnoLoRA", "UnoLoRA*"])
+def test_the_average_of_the_paper_is_the_mean_of_eleven_metrics(scores, printed):
+    assert sum(map(len, scores.values())) == 11
+    found = averages(scores)
+    assert round(found["mean_of_metrics"], 2) == printed
+    assert all(round(value, 2) != printed for name, value in found.items() if name != "mean_of_metrics")
+
+
+def test_averages_by_hand():
+    scores = {"a": {"matthews": 0.2, "accuracy": 0.9}, "b": {"accuracy": 0.6, "f1": 0.2, "f1_micro": 0.4}}
+    assert averages(scores) == pytest.approx(
+        {
+            "mean_of_first_metrics": (0.2 + 0.6) / 2,
+            "mean_of_metrics": (0.2 + 0.9 + 0.6 + 0.2 + 0.4) / 5,
+            "mean_of_task_means": (0.55 + 0.4) / 2,
+        }
+    )
+    assert average(scores) == averages(scores)["mean_of_first_metrics"]
+    assert all(type(value) is float for value in averages(scores).values())
+
+
+def test_micro_f1_comes_on_request_under_its_own_name():
+    toy = task("classification", labels=("no", "yes"), metrics=("accuracy", "f1_micro"))
+    assert score(toy, [0, 1, 1], [0, 1, 0]) == pytest.approx({"accuracy": 2 / 3, "f1_micro": 2 / 3})
+    assert not any("f1_micro" in task.metrics for task in TASKS.values())
+
+
 def test_average_is_the_mean_of_first_metrics():
     scores = {"a": {"matthews": 0.2, "accuracy": 0.9}, "b": {"pearson": 0.6, "spearman": 0.1}, "c": {"f1": 1.0}}
     assert average(scores) == pytest.approx(0.6)
@@ -252,6 +384,8 @@ def test_average_is_the_mean_of_first_metrics():
 def test_average_of_nothing_is_refused(scores):
     with pytest.raises(ValueError, match="at least one task and one metric a task"):
         average(scores)
+    with pytest.raises(ValueError, match="at least one task and one metric a task"):
+        averages(scores)
 
 
 def test_majority_baseline():

@@ -30,15 +30,17 @@ ALLOWED = {
     "settings": {"config", "methods", "sampling"},
     "heads": {"hypernetwork", "methods", "tasks"},
     "data": {"sampling", "tasks"},
-    "runs": {"atomic", "checkpoint", "config", "heads", "methods", "settings", "tasks"},
-    "scoring": {"data", "heads", "metrics", "runs", "tasks"},
+    "text": {"data", "heads", "methods", "tasks"},
+    "runs": {"atomic", "checkpoint", "config", "data", "heads", "methods", "settings", "tasks", "text"},
+    "scoring": {"data", "metrics", "runs", "tasks", "text"},
     "report": {"atomic"},
+    "compare": {"runs", "settings"},
     "progress": {"training"},
     "doctor": {"tasks"},
     "training": {
         "atomic", "data", "heads", "methods", "metrics", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
-    "cli": {"doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks", "training"},
+    "cli": {"compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks", "training"},
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}
 

@@ -1,6 +1,7 @@
 """What the README shows runs."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from unolora_cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+sys.path.append(str(ROOT / "scripts"))
+import readme_tables  # noqa: E402
+import reproduce  # noqa: E402
 
 
 def blocks(language: str) -> list[str]:
@@ -73,3 +77,46 @@ def test_the_tree_names_every_module():
 @pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)", README))
 def test_what_is_linked_is_there(target):
     assert (ROOT / target).exists()
+
+
+def test_what_the_makefile_calls_is_there():
+    named = re.findall(r"\b(?:scripts|configs)/\S+", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert len(named) >= 3
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+# --- tables of results/ --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "table.md").write_text("| a |\n| --- |\n| \\1 |\n\nA note.\n")
+    return tmp_path
+
+
+def test_tables_go_between_their_marks(results):
+    page = "A\n<!-- table: one -->\nold\n<!-- end -->\nB\n<!-- table: one --><!-- end -->\n| mine |\n<!-- end -->\n"
+    once = readme_tables.filled(page, results)
+    table = "<!-- table: one -->\n\n| a |\n| --- |\n| \\1 |\n\n<!-- end -->"
+    assert once == page.replace("<!-- table: one -->\nold\n<!-- end -->", table)
+    assert readme_tables.filled(once, results) == once
+    assert readme_tables.filled("no marks\n", results) == "no marks\n"
+
+
+def test_a_table_that_is_not_there(results):
+    with pytest.raises(SystemExit, match=r"two/table\.md: no such file; scripts/reproduce\.py writes it"):
+        readme_tables.filled("<!-- table: two -->\n<!-- end -->", results)
+
+
+@pytest.mark.parametrize("name", sorted({"glue-small", *(place[2] for place in readme_tables.PLACE.finditer(README))}))
+def test_the_tables_are_what_the_results_give(name, tmp_path):
+    folder = ROOT / "results" / name
+    if not folder.is_dir():
+        pytest.skip(f"results/{name} is not in this checkout")
+    wanted = reproduce.table(reproduce.read_suite(ROOT / "configs" / f"{name}.yaml", tmp_path), folder)
+    assert (folder / "table.md").read_text(encoding="utf-8") == wanted
+    shown = [place[0] for place in readme_tables.PLACE.finditer(README) if place[2] == name]
+    assert shown
+    for place in shown:
+        assert readme_tables.only_table(place) == readme_tables.only_table(wanted)

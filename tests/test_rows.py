@@ -8,14 +8,14 @@ import pandas as pd
 import pyarrow.parquet
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from unolora import tasks
 from unolora.errors import InputError
 from unolora.tasks import Source, Task, quickstart
 from unolora.tasks.files import Table, read_file, read_hub
-from unolora.tasks.rows import cut, fill, load, order, targets
+from unolora.tasks.rows import Rows, _held_out, cut, fill, load, order, targets
 
 GOLDEN = [5, 8, 6, 9, 0, 2, 4, 1, 7, 3]
 WORDS = [{"text": f"message {n}", "label": ("ham", "spam", "ham")[n % 3], "score": n / 2} for n in range(40)]
@@ -404,6 +404,172 @@ def test_groups_stay_together(groups, absent, seed):
     # A split takes whole groups until it has its tenth: less than one group too many.
     largest = np.bincount(groups).max()
     assert all(len(parts[name]) < len(groups) // 10 + largest for name in absent)
+
+
+# Validation rows out of the training or the test rows -----------------------------------------------------------------
+
+
+def made_from(split, train, test):
+    """The splits of texts (each with its place among all as target), and the number dropped."""
+    task = task_of(None, "regression", source=Source(train="a", test="b", validation_from=split))
+    places = np.arange(len(train) + len(test), dtype=float)
+    splits, dropped = _held_out(
+        task,
+        Rows([(text,) for text in train], places[: len(train)]),
+        Rows([(text,) for text in test], places[len(train) :]),
+    )
+    for rows in splits.values():
+        assert [(train + test)[int(place)] for place in rows.targets] == [text for (text,) in rows.texts]
+        assert sorted(rows.targets) == list(rows.targets)
+    return {name: [int(place) for place in rows.targets] for name, rows in splits.items()}, dropped
+
+
+def numbered(count, prefix=""):
+    return [f"{prefix}{n}" for n in range(count)]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(10, 1), (99, 9), (9_999, 999), (10_000, 1000), (30_000, 1000)])
+def test_a_thousand_training_rows_or_a_tenth(count, expected):
+    splits, dropped = made_from("train", numbered(count), numbered(7, "test"))
+    assert {name: len(rows) for name, rows in splits.items()} == {
+        "train": count - expected,
+        "validation": expected,
+        "test": 7,
+    }
+    assert dropped == 0
+    assert sorted(splits["train"] + splits["validation"]) == list(range(count))
+
+
+@pytest.mark.parametrize("count", [2, 7, 1043])
+def test_half_of_the_test_rows(count):
+    splits, dropped = made_from("test", numbered(5, "train"), numbered(count))
+    assert len(splits["validation"]) == count // 2
+    assert sorted(splits["validation"] + splits["test"]) == list(range(5, 5 + count))
+    assert (splits["train"], dropped) == (list(range(5)), 0)
+
+
+TRAIN, TEST = (st.lists(st.sampled_from(numbered(n)), min_size=20, max_size=80) for n in (200, 60))
+
+
+@given(st.sampled_from(["train", "test"]), TRAIN, TEST)
+def test_no_text_is_in_two_splits_and_no_other_row_is_lost(split, train, test):
+    try:
+        places, dropped = made_from(split, train, test)
+    except InputError:  # hardly a text differs
+        reject()
+    held = {name: {(train + test)[place] for place in found} for name, found in places.items()}
+    assert not held["train"] & (held["validation"] | held["test"])
+    assert not held["validation"] & held["test"]
+    kept = {place for found in places.values() for place in found}
+    assert sum(map(len, places.values())) == len(kept) == len(train) + len(test) - dropped
+    lost = set(range(len(train) + len(test))) - kept
+    assert all(place < len(train) and train[place] in held["validation"] | held["test"] for place in lost)
+
+
+def test_sharing_one_side_of_a_pair_is_no_repeat(tmp_path):
+    pairs = [{"a": f"{n}", "b": "same", "label": n % 2} for n in range(20)]
+    train = write(tmp_path / "train.jsonl", pairs)
+    test = write(tmp_path / "test.jsonl", [{"a": row["b"], "b": row["a"], "label": 1} for row in pairs] + pairs[:2])
+    source = Source(train=str(train), test=str(test), validation_from="test")
+    data = load(task_of(None, template=("{a}", "{b}"), source=source))
+    assert data.dropped == 2
+    assert {name: len(rows) for name, rows in data.splits.items()} == {"train": 18, "validation": 11, "test": 11}
+
+
+def test_rows_made_of_others_depend_on_the_name_alone(tmp_path):
+    train, test = (
+        write(tmp_path / "train.jsonl", WORDS),
+        write(tmp_path / "test.jsonl", [{**row, "text": row["text"] + "!"} for row in WORDS]),
+    )
+    for split in ("train", "test"):
+        task = task_of(None, source=Source(train=str(train), test=str(test), validation_from=split))
+        first = splits_of(load(task))
+        assert splits_of(load(task, seed=1)) == first
+        assert splits_of(load(task.as_text())) == {
+            name: [f"mail text: {text}" for text in texts] for name, texts in first.items()
+        }
+        other = splits_of(load(task_of(None, name="other", source=task.source)))
+        assert {name: sorted(texts) for name, texts in other.items()} != {
+            name: sorted(texts) for name, texts in first.items()
+        }
+
+
+def test_the_rows_that_are_made_are_the_same_on_every_machine():
+    assert made_from("train", numbered(30), numbered(1, "test"))[0]["validation"] == [5, 13, 24]
+    assert made_from("test", numbered(1, "train"), numbered(10))[0]["validation"] == [1, 4, 6, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("split", "train", "test", "empty"),
+    [
+        ("train", numbered(9), ["x"], "validation"),
+        ("train", numbered(10), numbered(10), "train"),
+        ("train", ["same"] * 10, ["x"], "train"),
+        ("test", ["x"], ["same"] * 10, "test"),
+        ("test", ["x"], ["one"], "validation"),
+        ("test", numbered(4), numbered(4), "train"),
+    ],
+)
+def test_too_few_rows_to_make_others_of(split, train, test, empty):
+    refused(
+        f"no row is left for the {empty} split: validation rows are made from the {split}",
+        made_from,
+        split,
+        train,
+        test,
+    )
+
+
+# Folders that stand in for the hub ------------------------------------------------------------------------------------
+
+
+def hub_task(**changes):
+    return task_of(None, source=Source(**{"hub": "some/mail", "folder": "Mail", "test": "dev", **changes}))
+
+
+def test_a_folder_stands_in_for_the_hub(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def fake(hub, subset, *, split):
+        asked.append(split)
+        return datasets.Dataset.from_list([{**row, "text": "hub"} for row in WORDS])
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    (tmp_path / "Mail").mkdir()
+    write(tmp_path / "Mail" / "train.jsonl", WORDS)
+    write(tmp_path / "Mail" / "dev.jsonl", WORDS[:5])
+    data = load(hub_task(), root=tmp_path)
+    assert {name: len(rows) for name, rows in data.splits.items()} == {"train": 36, "validation": 4, "test": 5}
+    assert data.splits["test"].texts == [(row["text"],) for row in WORDS[:5]]
+    assert asked == []
+    # Without the folder, or without a root to look in, the hub is asked, even from inside the folder's parent.
+    monkeypatch.chdir(tmp_path)
+    for root in (tmp_path / "Mail", None):
+        assert load(hub_task(), root=root).splits["train"].texts[0] == ("hub",)
+    assert asked == ["train", "dev"] * 2
+
+
+def test_a_folder_that_lacks_a_split(tmp_path, monkeypatch):
+    (tmp_path / "Mail").mkdir()
+    refused(r"task 'mail': .*Mail lacks train\.jsonl \(it holds nothing\)", load, hub_task(), root=tmp_path)
+    for name in ("train", "validation"):
+        write(tmp_path / "Mail" / f"{name}.jsonl", WORDS)
+    refused(r"Mail lacks dev\.jsonl \(it holds train\.jsonl, validation\.jsonl\)", load, hub_task(), root=tmp_path)
+
+
+def test_a_hub_out_of_reach_names_the_folder(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    refused(
+        r"task 'mail': hub data set some/mail, split 'train' cannot be read \(.*\); check the names and the "
+        r"connection, or save this split as JSON lines in DIR/Mail/train\.jsonl and set `--data\.root DIR`",
+        load,
+        hub_task(),
+        root=tmp_path,
+    )
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("uvwxyz")), min_size=1, max_size=40))

@@ -80,7 +80,7 @@ def tiny_tasks():
 def logits(model, trainer):
     splits = trainer.splits["test"]
     rows = [(row, split, i) for row, split in splits.items() for i in range(len(split))]
-    return scoring.logits(model, rows, trainer.data_collator)
+    return scoring.outputs(model, rows, trainer.data_collator)[0]
 
 
 @pytest.mark.parametrize("method", tiny.METHODS)
@@ -437,7 +437,7 @@ def test_a_decoder_trains_and_padding_does_not_matter(side, tmp_path):
     split = trainers["it"].splits["test"][0]
     assert len(set(split.lengths())) > 1
     rows = [(0, split, i) for i in range(len(split))]
-    together, alone = (scoring.logits(run.model, rows, Collator(run.tokenizer), size) for size in (8, 1))
+    together, alone = (scoring.outputs(run.model, rows, Collator(run.tokenizer), size)[0] for size in (8, 1))
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 

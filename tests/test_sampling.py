@@ -62,6 +62,16 @@ def test_shares_by_hand(sizes, options, expected):
 
 
 @QUICK
+@given(SIZES, st.sampled_from(STRATEGIES), st.floats(0.5, 50), st.none() | st.integers(1, 400))
+def test_shares_follow_their_formulas(sizes, strategy, temperature, limit):
+    sampler = Sampler(sizes, batch_size=8, strategy=strategy, temperature=temperature, limit=limit)
+    capped = [min(size, limit or size) for size in sizes]
+    power = {"proportional": 1.0, "temperature": 1 / temperature, "equal": 0.0}[strategy]
+    weights = [(size / sum(capped)) ** power for size in capped]
+    np.testing.assert_allclose(sampler.probabilities, [weight / sum(weights) for weight in weights], rtol=1e-9)
+
+
+@QUICK
 @given(SIZES, st.none() | st.integers(1, 100))
 def test_temperature_one_is_proportional(sizes, limit):
     options = {"batch_size": 8, "limit": limit}
@@ -190,6 +200,18 @@ def test_every_pass_sees_every_row_once(sampler):
                 assert sorted(one_pass) == list(range(size))
 
 
+@QUICK
+@given(
+    st.lists(st.integers(1, 25), min_size=1, max_size=4), st.integers(1, 12), st.sampled_from(STRATEGIES), st.booleans()
+)
+def test_every_row_of_every_task_is_drawn_in_time(sizes, batch_size, strategy, mixed):
+    sampler = Sampler(sizes, batch_size=batch_size, strategy=strategy, mixed=mixed)
+    steps = sampler.block_steps
+    while np.any(sampler.counts(steps) < sizes):  # every block draws every task, so this ends
+        steps += sampler.block_steps
+    assert [sorted(set(rows)) for rows in drawn(sampler, steps)] == [list(range(size)) for size in sizes]
+
+
 def test_passes_and_tasks_have_their_own_orders():
     first, second = drawn(Sampler([50, 50], batch_size=10), 40)
     assert sorted(first[:50]) == sorted(first[50:100]) == sorted(second[:50])
@@ -244,6 +266,16 @@ def test_ranks_share_the_global_batch(world_size, mixed):
         parts = [clone(sampler).local_batch(step, rank, world_size) for rank in range(world_size)]
         assert {len(part) for part in parts} == {16 // world_size}
         assert list(itertools.chain.from_iterable(zip(*parts, strict=True))) == sampler.batch(step)
+
+
+@QUICK
+@given(SIZES, st.integers(1, 8), st.sampled_from(STRATEGIES), st.booleans(), st.integers(0, 10**6))
+def test_any_number_of_processes_draws_the_same_global_batches(sizes, quarter, strategy, mixed, step):
+    options = {"sizes": sizes, "batch_size": 4 * quarter, "strategy": strategy, "mixed": mixed}
+    expected = Sampler(**options).batch(step)
+    for world_size in (1, 2, 4):
+        parts = [Sampler(**options).local_batch(step, rank, world_size) for rank in range(world_size)]
+        assert list(itertools.chain.from_iterable(zip(*parts, strict=True))) == expected
 
 
 # One task a batch

@@ -31,8 +31,8 @@ def test_logits_come_in_the_order_given(run, splits, size):
     lengths = [split.lengths()[i] for _, split, i in rows]
     assert lengths != sorted(lengths)
     assert len(rows) > 30
-    wanted = torch.cat([scoring.logits(run.model, [row], Collator(run.tokenizer)) for row in rows])
-    found = scoring.logits(run.model, rows, Collator(run.tokenizer), size)
+    wanted = torch.cat([scoring.outputs(run.model, [row], Collator(run.tokenizer))[0] for row in rows])
+    found = scoring.outputs(run.model, rows, Collator(run.tokenizer), size)[0]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
@@ -46,7 +46,7 @@ def test_the_longest_rows_come_first(run, splits, monkeypatch):
         widths.append(batch["input_ids"].shape[1])
         return batch
 
-    scoring.logits(run.model, [(0, splits[0], i) for i in range(60)], spy, 8)
+    scoring.outputs(run.model, [(0, splits[0], i) for i in range(60)], spy, 8)[0]
     assert widths == sorted(widths, reverse=True)
     assert len(set(widths)) > 3
 
@@ -59,13 +59,13 @@ def test_the_model_is_left_as_it_was_and_has_no_dropout(run, splits):
     run.model.train()
     try:
         assert not torch.equal(run.model(**batch)["logits"], run.model(**batch)["logits"]), "no dropout at all"
-        first, second = (scoring.logits(run.model, rows, collate) for _ in range(2))
+        first, second = (scoring.outputs(run.model, rows, collate)[0] for _ in range(2))
         assert torch.equal(first, second)
         assert not first.requires_grad
         assert run.model.training
     finally:
         run.model.eval()
-    scoring.logits(run.model, rows, collate)
+    scoring.outputs(run.model, rows, collate)[0]
     assert not run.model.training
 
 

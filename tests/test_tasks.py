@@ -1,6 +1,7 @@
 """What a task may say of itself, and how a run names its tasks."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 
 from unolora import tasks
 from unolora.errors import InputError
-from unolora.tasks import Source, Task
+from unolora.tasks import Source, Task, glue, quickstart
 from unolora.tasks.task import DEFAULT_METRICS, METRIC_NAMES, parse_template
 
 GOOD = {
@@ -76,6 +77,22 @@ def test_a_task_is_hashable_and_survives_a_round_trip():
     assert len({task, Task.from_dict(dataclasses.asdict(task))}) == 1
 
 
+def test_the_prompt_is_derived_from_the_template():
+    assert Task.from_dict(GOOD).prompt == "tickets text: {text}"
+    pair = Task.from_dict({**GOOD, "template": ["{a} of {b.c}", "{a}"]})
+    assert pair.prompt == "tickets a: {a} b.c: {b.c}"  # each column once
+    assert Task.from_dict({**GOOD, "prompt": "topic of: {text}"}).prompt == "topic of: {text}"
+
+
+def test_a_task_as_text_has_its_prompt_for_template():
+    task = Task.from_dict({**GOOD, "template": ["{a}", "{b}"], "kind": "regression", "text_step": 1})
+    text = task.as_text()
+    assert text.template == (task.prompt,) == ("tickets a: {a} b: {b}",)
+    assert dataclasses.replace(text, template=task.template) == task
+    assert text.as_text() == text
+    assert Task.from_dict(json.loads(json.dumps(dataclasses.asdict(text)))) == text
+
+
 def test_a_task_without_a_source_can_be_made_in_python():
     assert Task("a", "regression", ("{text}",), "score").source.empty
 
@@ -123,6 +140,24 @@ def test_names_are_plain(name):
         ({"source": {"bundled": "spam", "test": "b.csv"}}, "a bundled table has its own splits; leave out test"),
         ({"source": {"train": "a.csv", "subset": "sst2"}}, "subset belongs to a hub data set"),
         ({"source": {"test": "a.csv"}}, "validation or test came without training rows"),
+        ({"source": {"train": "a.csv", "folder": "A"}}, "folder stands in for a hub data set"),
+        ({"source": {"hub": "a/b", "test": "b", "validation_from": "tset"}}, "must be train or test, not 'tset'"),
+        ({"source": {"hub": "a/b", "validation_from": "test"}}, "goes with a test split and without a validation"),
+        (
+            {"source": {"hub": "a/b", "validation": "a", "test": "b", "validation_from": "train"}},
+            "goes with a test split and without a validation split",
+        ),
+        ({"prompt": "{topic} {text}"}, "prompt reads the target column 'topic'"),
+        ({"prompt": "tickets"}, "prompt 'tickets' reads no column"),
+        ({"prompt": "{text"}, "template '{text' cannot be read"),
+        ({"prompt": 7}, "prompt must be text, not 7"),
+        ({"text_step": 0.2}, "text_step belongs to a regression"),
+        ({"kind": "regression", "text_step": 0}, "text_step must be a number above 0, not 0"),
+        ({"kind": "regression", "text_step": -0.5}, "text_step must be a number above 0, not -0.5"),
+        ({"kind": "regression", "text_step": float("nan")}, "text_step must be a number above 0, not nan"),
+        ({"kind": "regression", "text_step": float("inf")}, "text_step must be a number above 0, not inf"),
+        ({"kind": "regression", "text_step": True}, "text_step must be a number above 0, not True"),
+        ({"kind": "regression", "text_step": "0.2"}, "text_step must be a number above 0, not '0.2'"),
     ],
 )
 def test_nonsense_is_refused(changes, match):
@@ -145,11 +180,13 @@ def test_templates_know_columns_with_dots_and_literal_braces():
 
 
 def test_the_built_in_tasks():
-    assert list(tasks.TASKS) == ["spam", "questions", "movies", "products", "tweets", "editorials"]
-    assert [task.kind for task in tasks.TASKS.values()] == ["classification"] * 2 + ["regression"] * 4
-    for name, task in tasks.TASKS.items():
+    assert list(quickstart.TASKS) == ["spam", "questions", "movies", "products", "tweets", "editorials"]
+    assert list(tasks.TASKS) == [*quickstart.TASKS, *glue.TASKS]
+    assert [task.kind for task in quickstart.TASKS.values()] == ["classification"] * 2 + ["regression"] * 4
+    for name, task in quickstart.TASKS.items():
         assert task.name == task.source.bundled == name
-        assert len(task.description) > 200
+    for task in tasks.TASKS.values():
+        assert len(task.description) > 150
     assert tasks.get("questions").labels == ("abbreviation", "description", "entity", "human", "location", "number")
     assert tasks.get("spam").labels == ("ham", "spam")
 
@@ -158,11 +195,20 @@ def test_runs_name_tasks_or_spell_them():
     assert [task.name for task in tasks.resolve(["spam", GOOD, "movies"])] == ["spam", "tickets", "movies"]
 
 
+def test_a_group_stands_for_its_tasks():
+    found = [task.name for task in tasks.resolve(["wnli", "glue", "spam"])]
+    assert found == ["wnli", "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "spam"]
+    assert not set(tasks.GROUPS) & set(tasks.TASKS)  # else a name would mean two things
+
+
 @pytest.mark.parametrize(
     ("given", "match"),
     [
         (["spam", "movie"], "unknown task 'movie'; did you mean 'movies'"),
+        (["gleu"], "unknown task 'gleu'; did you mean 'glue'"),
+        (["colla"], "unknown task 'colla'; did you mean 'cola'"),
         (["spam", "spam"], "task 'spam' is named twice"),
+        (["glue", "rte"], "task 'rte' is named twice"),
         ([GOOD, GOOD], "task 'tickets' is named twice"),
         (["spam", {**GOOD, "name": "spam"}], "task 'spam' is named twice"),
         ([], "at least one task"),

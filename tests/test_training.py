@@ -495,7 +495,7 @@ def test_methods_start_alike(tmp_path):
     _, tokenizer = runs.load_backbone(settings.backbone)
     splits = {row: encode(d.splits["test"], tokenizer, 32) for row, d in enumerate(data)}
     rows = [(row, split, i) for row, split in splits.items() for i in range(len(split))]
-    found = {method: scoring.logits(model, rows, Collator(tokenizer)) for method, model in models.items()}
+    found = {method: scoring.outputs(model, rows, Collator(tokenizer))[0] for method, model in models.items()}
     for method in tiny.METHODS:
         torch.testing.assert_close(found[method], found["heads-only"], atol=1e-6, rtol=0)
 

@@ -36,7 +36,21 @@ WORDS = [
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 NAMES = ["mood", "topic", "heat"]
 ROWS = 80
-METHODS = ("full", "heads-only", "lora-per-task", "lora-shared", "unolora")
+METHODS = (
+    "c-poly",
+    "full",
+    "full-per-task",
+    "heads-only",
+    "hyperformer",
+    "ia3",
+    "lora-matched",
+    "lora-per-task",
+    "lora-shared",
+    "mtl-lora",
+    "poly",
+    "prompt-tuning",
+    "unolora",
+)
 tf.logging.disable_progress_bar()
 gc.freeze()  # the Trainer collects garbage at each start, and all that is imported would be looked through
 _folders = tempfile.TemporaryDirectory(prefix="unolora-tests-")
@@ -154,6 +168,7 @@ def spelled(output: Path | str | None = None, **changes) -> dict:
         "tasks": tasks(),
         "data": {"root": str(data()), "max_length": 32},
         "adapter": {"r": 4, "dropout": 0.1},
+        "rivals": {"hyperformer_dim": 4, "hyperformer_embedding_dim": 8, "prompt_tokens": 6},
         "training": {
             "steps": 12,
             "batch_size": 8,

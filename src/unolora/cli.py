@@ -63,15 +63,16 @@ def evaluate(arguments: Sequence[str]) -> int:
 
     run = runs.load_run(options.run)
     scores, rows = scoring.evaluate_run(run, options.split)
-    average = metrics.average(scores)
+    averages = metrics.averages(scores)
     if options.json:
-        _write(json.dumps({"split": options.split, "scores": scores, "mean_of_first_metrics": average}))
+        _write(json.dumps({"split": options.split, "scores": scores, **averages}))
         return 0
     table = Table("task", "rows", "metrics", title=f"{options.run}, {options.split} split")
     for name, found in scores.items():
         table.add_row(name, str(rows[name]), "  ".join(f"{metric} {value:.4f}" for metric, value in found.items()))
     table.add_section()
-    table.add_row("mean of first metrics", "", f"{average:.4f}")
+    for name, value in averages.items():
+        table.add_row(name.replace("_", " "), "", f"{value:.4f}")
     _console().print(table)
     return 0
 
@@ -137,6 +138,35 @@ def report(arguments: Sequence[str]) -> int:
     from unolora.report import write_report
 
     _write(str(write_report(options.run)))
+    return 0
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """Print a table of finished runs."""
+    from unolora import compare as runs_beside
+
+    parser = _Parser("compare")
+    parser.add_argument("run", type=Path, nargs="+", help="run folder (its baselines count too), or a folder of such")
+    parser.add_argument("--format", choices=runs_beside.FORMATS, default="table", help="default: table")
+    parser.add_argument("--split", choices=runs_beside.SPLITS, default="test", help="default: test")
+    parser.add_argument(
+        "--average", choices=runs_beside.AVERAGES, default=runs_beside.AVERAGES[0], help="default: %(default)s"
+    )
+    parser.add_argument("--metrics", choices=("all", "first"), default="all", help="of each task; default: all")
+    parser.add_argument("--against", metavar="LABEL", help="the row to take differences to; default: the first")
+    parser.add_argument("--loose", action="store_true", help="also runs of other tasks, steps, batch size or backbone")
+    options = parser.parse_args(arguments)
+    table, notes = runs_beside.compare(
+        options.run,
+        split=options.split,
+        average=options.average,
+        metrics=options.metrics,
+        against=options.against,
+        loose=options.loose,
+    )
+    _write(runs_beside.FORMATS[options.format](table, notes).removesuffix("\n"))
+    if options.format == "csv":  # which has no place for them
+        sys.stderr.write("".join(f"{note}\n" for note in notes))
     return 0
 
 

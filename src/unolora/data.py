@@ -16,6 +16,9 @@ from unolora.errors import InputError
 from unolora.sampling import Sampler
 from unolora.tasks.rows import Rows
 
+IGNORED = -100
+"""What stands behind an answer that is shorter than the longest of its batch."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -24,10 +27,12 @@ class Encoded:
     Args:
         inputs: What the tokenizer gives (`input_ids`, maybe `token_type_ids`), each a list of N lists, unpadded.
         targets: Label ids or numbers [N].
+        answers: Text-to-text training: tokens of the right answers, N lists.
     """
 
     inputs: dict[str, list[list[int]]]
     targets: np.ndarray[Any, Any]
+    answers: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -43,13 +48,22 @@ def encode(rows: Rows, tokenizer: Any, max_length: int) -> Encoded:
     Raises:
         InputError: A text holds half a surrogate pair, as a cut emoji or a byte that is not UTF-8 leaves behind.
     """
-    for text in (text for texts in rows.texts for text in texts):
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise InputError(f"a text is not valid Unicode: {text[:60]!r}; save it as UTF-8")
+    check_unicode(rows)
     first = [texts[0] for texts in rows.texts]
     second = [texts[1] for texts in rows.texts] if rows.texts and len(rows.texts[0]) == 2 else None
     out = tokenizer(first, second, truncation=True, max_length=max_length, return_attention_mask=False)
     return Encoded({name: out[name] for name in out}, rows.targets)
+
+
+def check_unicode(rows: Rows) -> None:
+    """Refuse what a tokenizer can't read.
+
+    Raises:
+        InputError: A text holds half a surrogate pair, as a cut emoji or a byte that is not UTF-8 leaves behind.
+    """
+    for text in (text for texts in rows.texts for text in texts):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"a text is not valid Unicode: {text[:60]!r}; save it as UTF-8")
 
 
 class Collator:
@@ -74,8 +88,8 @@ class Collator:
             rows: Of each row the task's row, its split, and its place there.
 
         Returns:
-            `input_ids` and `attention_mask` [B, T], `tasks` [B], `labels` [B] (ids and numbers alike as float32), and
-            what else the tokenizer gives.
+            `input_ids` and `attention_mask` [B, T], `tasks` [B], `labels` [B] (ids and numbers alike as float32), what
+            else the tokenizer gives, and `answers` [B, L], `IGNORED` behind shorter ones, where the split has them.
         """
         names = rows[0][1].inputs
         batch = self.tokenizer.pad(
@@ -85,6 +99,10 @@ class Collator:
         )
         batch["tasks"] = torch.tensor([task for task, _, _ in rows])
         batch["labels"] = torch.tensor([float(split.targets[i]) for _, split, i in rows])
+        answers = [split.answers[i] for _, split, i in rows if split.answers is not None]
+        if answers:
+            longest = max(map(len, answers))
+            batch["answers"] = torch.tensor([[*ids, *[IGNORED] * (longest - len(ids))] for ids in answers])
         return dict(batch)
 
 

@@ -9,8 +9,9 @@ Axes: B batch, T tokens, D width, K tasks, C outputs of the widest head.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -20,14 +21,28 @@ from unolora.methods.method import Method
 from unolora.tasks import Task
 
 
+class Moments(NamedTuple):
+    """What is known of a regression's training targets."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+    @classmethod
+    def of(cls, targets: np.ndarray[Any, Any]) -> Moments:
+        """Measure training targets [N]; a constant gets the standard deviation 1."""
+        return cls(float(targets.mean()), float(targets.std()) or 1.0, float(targets.min()), float(targets.max()))
+
+
 class TaskHeads(nn.Module):
     """A linear head for each task.
 
     Args:
         width: D, of the pooled states.
         tasks: In the order of their rows; a classification has as many outputs as labels, a regression one.
-        moments: Mean and standard deviation of the training targets of each regression; its head predicts in units of
-            them, so that a task's scale does not decide its weight in the loss.
+        moments: Of each regression. Its head predicts in units of the mean and the standard deviation, so that a task's
+            scale does not decide its weight in the loss.
     """
 
     columns: Tensor  # [K, C] of each task its columns in the laid-out logits, -1 where it has fewer
@@ -35,7 +50,7 @@ class TaskHeads(nn.Module):
     mean: Tensor  # [K]
     std: Tensor  # [K]
 
-    def __init__(self, width: int, tasks: Sequence[Task], moments: Mapping[str, tuple[float, float]]) -> None:
+    def __init__(self, width: int, tasks: Sequence[Task], moments: Mapping[str, Moments]) -> None:
         super().__init__()
         outputs = [len(task.labels) if task.kind == "classification" else 1 for task in tasks]
         # With a prefix, since a module's own names (`values`, `type`) can't be keys, but can be tasks.
@@ -45,7 +60,7 @@ class TaskHeads(nn.Module):
         columns = torch.full((len(tasks), max(outputs)), -1)
         for k, n in enumerate(outputs):
             columns[k, :n] = torch.arange(n) + sum(outputs[:k])
-        pairs = torch.tensor([moments.get(task.name, (0.0, 1.0)) for task in tasks])
+        pairs = torch.tensor([moments.get(task.name, Moments())[:2] for task in tasks])
         self.register_buffer("columns", columns, persistent=False)
         self.register_buffer("regression", torch.tensor([t.kind == "regression" for t in tasks]), persistent=False)
         self.register_buffer("mean", pairs[:, 0].clone())
@@ -67,6 +82,10 @@ class TaskHeads(nn.Module):
         entropy = F.cross_entropy(logits, classes, reduction="none")
         error = logits[:, 0] - (labels - self.mean[tasks]) / self.std[tasks]
         return torch.where(regression, error.square(), entropy)
+
+    def passes(self, row: int) -> int:
+        """How many rows of the backbone's output one row of a task takes: one."""
+        return 1
 
     def predict(self, logits: Tensor, tasks: Tensor) -> Tensor:
         """Turn logits [B, C] into label ids, or numbers in the task's own units [B]."""
@@ -99,12 +118,13 @@ class MultiTaskModel(nn.Module):
             **inputs: `input_ids` [B, T] and what else the tokenizer gives.
 
         Returns:
-            `logits` [B, C]; with labels also `losses` [B] and their mean, `loss`.
+            `logits` [B, C] and `answers` [B], label ids or numbers; with labels instead `losses` [B] and their mean,
+            `loss`.
         """
         states = self.method(tasks, **inputs, attention_mask=attention_mask)  # [B, T, D]
         pooled = encode_sample(states, attention_mask)  # the mean over the tokens that count              [B, D]
         logits = self.heads(pooled, tasks)
         if labels is None:
-            return {"logits": logits}
+            return {"logits": logits, "answers": self.heads.predict(logits, tasks)}
         losses = self.heads.losses(logits, tasks, labels)
-        return {"loss": losses.mean(), "losses": losses, "logits": logits}
+        return {"loss": losses.mean(), "losses": losses}

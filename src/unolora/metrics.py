@@ -3,6 +3,9 @@
 The correlations of a constant (Matthews, Pearson, Spearman) are 0/0; here they are 0, "no better than a constant",
 so an untrained head and the trivial baseline score 0 rather than NaN. Numbers that are not finite are refused: a NaN
 that slips into an average hides which task diverged.
+
+A model that writes its answers may write what is none. Such a row is not skipped but counts as wrong: its prediction is
+the id `UNPARSED`, or NaN where a number was due (see `score`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 if TYPE_CHECKING:
     from unolora.tasks.task import Task
 
+UNPARSED = -1
+"""The label id of a prediction that names no label: a class of its own, which no row has."""
+
 
 def accuracy(targets: ArrayLike, predictions: ArrayLike) -> float:
     """Share of rows whose label id is right, 0 to 1; both [N]."""
@@ -26,15 +32,22 @@ def accuracy(targets: ArrayLike, predictions: ArrayLike) -> float:
 def f1(targets: ArrayLike, predictions: ArrayLike) -> float:
     """F1 of the positive class (id 1) when every id is 0 or 1, as GLUE has it, else `f1_macro`; both [N].
 
-    Without a positive row and without a positive prediction it is 0.
+    Without a positive row and without a positive prediction it is 0. `UNPARSED` counts as the wrong one of both
+    classes, as in T5's evaluation: on a negative row it is a false positive, since it would cost nothing otherwise.
     """
     t, p = _ids(targets, predictions)
-    return _f1(t, p, "binary") if max(t.max(), p.max()) <= 1 else _f1(t, p, "macro")
+    if max(t.max(), p.max()) > 1:
+        return f1_macro(t, p)
+    return _f1(t, np.where(p == UNPARSED, 1 - t, p), "binary")
 
 
 def f1_macro(targets: ArrayLike, predictions: ArrayLike) -> float:
-    """Unweighted mean of the F1 of every class that occurs among the targets or the predictions; both [N]."""
-    return _f1(*_ids(targets, predictions), "macro")
+    """Unweighted mean of the F1 of every class that occurs among the targets or the predictions; both [N].
+
+    `UNPARSED` is no class to take the mean over; on its row the right class is missed.
+    """
+    t, p = _ids(targets, predictions)
+    return _f1(t, p, "macro", np.setdiff1d(np.union1d(t, p), [UNPARSED]))
 
 
 def f1_micro(targets: ArrayLike, predictions: ArrayLike) -> float:
@@ -93,11 +106,14 @@ def score(task: Task, targets: ArrayLike, predictions: ArrayLike) -> dict[str, f
     Args:
         task: The task, whose metrics are names of `METRICS`.
         targets: Label ids or numbers [N].
-        predictions: Label ids or numbers [N].
+        predictions: Label ids or numbers [N]; `UNPARSED` or NaN where the model's text is neither. NaN is scored as the
+            number, among those from the least to the greatest target, that is farthest from the row's own target.
 
     Raises:
         ValueError: The vectors are empty, differ in length, or hold what the metric cannot take.
     """
+    if task.kind == "regression":
+        predictions = _farthest_where_nan(targets, predictions)
     scores = {}
     for name in task.metrics:
         metric = f1_macro if name == "f1" and len(task.labels) > 2 else METRICS[name]
@@ -105,10 +121,17 @@ def score(task: Task, targets: ArrayLike, predictions: ArrayLike) -> dict[str, f
     return scores
 
 
-def average(scores: Mapping[str, Mapping[str, float]]) -> float:
-    """Mean over tasks of each task's first metric: the "mean of first metrics".
+def averages(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Average the scores of several tasks in three ways, each under its own name.
 
-    Every task weighs the same, however many rows it has.
+    | name                  | mean over                                                                            |
+    |-----------------------|--------------------------------------------------------------------------------------|
+    | mean_of_first_metrics | tasks, of each one's first metric; `average`, which decides on the checkpoint        |
+    | mean_of_metrics       | all metrics of all tasks (11 for the eight GLUE tasks), as the paper's tables have it |
+    | mean_of_task_means    | tasks, of the mean of each one's metrics (8 for GLUE), as GLUE's leaderboard has it  |
+
+    No mean knows the number of rows. What a task measures beside is in the last two as well, an error such as `rmse`
+    too, so only runs whose tasks name the same metrics compare.
 
     Args:
         scores: Task name -> what `score` returned for it.
@@ -117,8 +140,18 @@ def average(scores: Mapping[str, Mapping[str, float]]) -> float:
         ValueError: There is no task, or a task without a metric.
     """
     if not scores or not all(scores.values()):
-        raise ValueError(f"the mean of first metrics needs at least one task and one metric a task, got {dict(scores)}")
-    return float(np.mean([next(iter(metrics.values())) for metrics in scores.values()]))
+        raise ValueError(f"an average needs at least one task and one metric a task, got {dict(scores)}")
+    tasks = [list(metrics.values()) for metrics in scores.values()]
+    return {
+        "mean_of_first_metrics": float(np.mean([values[0] for values in tasks])),
+        "mean_of_metrics": float(np.mean([value for values in tasks for value in values])),
+        "mean_of_task_means": float(np.mean([np.mean(values) for values in tasks])),
+    }
+
+
+def average(scores: Mapping[str, Mapping[str, float]]) -> float:
+    """Return the `mean_of_first_metrics` of `averages`, by which checkpoints are chosen."""
+    return averages(scores)["mean_of_first_metrics"]
 
 
 def baseline(task: Task, train_targets: ArrayLike, n: int) -> tuple[str, NDArray[Any]]:
@@ -146,10 +179,25 @@ def baseline(task: Task, train_targets: ArrayLike, n: int) -> tuple[str, NDArray
     return "mean of the training targets", np.full(n, numbers.mean())
 
 
-def _f1(targets: NDArray[np.int64], predictions: NDArray[np.int64], over: str) -> float:
+def _f1(
+    targets: NDArray[np.int64], predictions: NDArray[np.int64], over: str, labels: NDArray[np.int64] | None = None
+) -> float:
     from sklearn.metrics import f1_score
 
-    return float(f1_score(targets, predictions, average=over, zero_division=0.0))
+    return float(f1_score(targets, predictions, labels=labels, average=over, zero_division=0.0))
+
+
+def _farthest_where_nan(targets: ArrayLike, predictions: ArrayLike) -> ArrayLike:
+    """Return the predictions [N] with the most wrong number of the targets' range in place of each NaN.
+
+    Where all targets agree the range is taken to be a unit wide, so that NaN is wrong there too.
+    """
+    t, p = np.asarray(targets, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
+    if t.shape != p.shape or not np.isnan(p).any():
+        return predictions
+    low, high = t.min(), t.max()
+    high = high if high > low else low + 1
+    return np.where(np.isnan(p), np.where(t - low > high - t, low, high), p)
 
 
 def _numbers(targets: ArrayLike, predictions: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -164,10 +212,13 @@ def _numbers(targets: ArrayLike, predictions: ArrayLike) -> tuple[NDArray[np.flo
 
 
 def _ids(targets: ArrayLike, predictions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Both vectors as int64 label ids [N], whatever integer, boolean or float type they came in."""
+    """Both vectors as int64 label ids [N], whatever integer, boolean or float type they came in.
+
+    Predictions alone may be `UNPARSED`.
+    """
     numbers = _numbers(targets, predictions)
-    for name, values in zip(("targets", "predictions"), numbers, strict=True):
-        wrong = values[(values < 0) | (values != np.floor(values))]
+    for name, least, values in zip(("targets", "predictions"), (0, UNPARSED), numbers, strict=True):
+        wrong = values[(values < least) | (values != np.floor(values))]
         if wrong.size:
             raise ValueError(f"expected label ids (0, 1, 2, ...) as {name}, got {wrong[0]}")
     t, p = numbers

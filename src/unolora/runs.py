@@ -12,7 +12,8 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,16 +29,22 @@ from unolora import settings as run_settings
 from unolora.atomic import new_folder
 from unolora.checkpoint import Checkpoint
 from unolora.config import WEIGHTS_NAME, check_weights_file
+from unolora.data import Encoded, encode
 from unolora.errors import CheckpointError, InputError, unknown
-from unolora.heads import MultiTaskModel, TaskHeads
+from unolora.heads import Moments, MultiTaskModel, TaskHeads
 from unolora.methods import METHODS, label
 from unolora.methods.method import Method
 from unolora.settings import Settings
 from unolora.tasks import Task
 from unolora.tasks.files import one_line
+from unolora.tasks.rows import Rows
+from unolora.text import Answers, TextModel, encode_text
 
 METHOD_WEIGHTS = "method.safetensors"
 """What a method trains that neither PEFT nor the host writes."""
+
+
+Model = MultiTaskModel | TextModel
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Run:
     folder: Path
     settings: Settings
     tasks: list[Task]
-    model: MultiTaskModel
+    model: Model
     tokenizer: Any
 
     def row(self, name: str) -> int:
@@ -70,37 +77,78 @@ class Run:
         return names.index(name)
 
 
-def load_backbone(name: str) -> tuple[Any, Any]:
-    """Load a frozen encoder and its tokenizer.
+def _found(name: str) -> dict[str, Any]:
+    """Return where a backbone lies, as `from_pretrained` takes it."""
+    from unolora.tasks.download import minilm_folder, smollm2_folder
 
-    Args:
-        name: "minilm" (22M parameters, comes by pip), a folder, or a model on the hub. No remote code is run.
-
-    Raises:
-        InputError: It can't be found or reached, or is no model that gives one state for each token.
-    """
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    from unolora.tasks.download import minilm_folder
-
+    if name == "smollm2":
+        folder = smollm2_folder()
+        return {"pretrained_model_name_or_path": str(folder), "gguf_file": next(folder.glob("*.gguf")).name}
     path = str(minilm_folder()) if name == "minilm" else os.path.expanduser(name)
     if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") > 1):
         raise InputError(f"backbone {name!r}: no such folder; give a folder with config.json, a hub id, or 'minilm'")
+    return {"pretrained_model_name_or_path": path}
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
     try:
-        config = AutoConfig.from_pretrained(path)
-        if getattr(config, "is_encoder_decoder", False):
-            raise InputError(
-                f"backbone {name!r} is an encoder-decoder, which the heads of `unolora train` can't sit on yet; choose "
-                "an encoder or a decoder, or train it with `get_peft_model` and the Trainer (see README)"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        backbone = AutoModel.from_pretrained(path, config=config, dtype=torch.float32)
+        yield
     except InputError:
         raise
     except Exception as error:  # the loaders raise a dozen unrelated types, from OSError to those of tokenizers
         raise InputError(
             f"backbone {name!r} can't be loaded: {one_line(error)}; give a folder, a hub id, or 'minilm'"
         ) from error
+
+
+def form(settings: Settings) -> str:
+    """Return whether a run's answers come from `heads` or as `text`.
+
+    Raises:
+        InputError: The backbone's configuration can't be read, or it does not fit what the settings ask for.
+    """
+    from transformers import AutoConfig
+
+    found = _found(settings.backbone)
+    with _loading(settings.backbone):
+        config = AutoConfig.from_pretrained(**found)
+    writes = str(next(iter(config.architectures or []), "")).endswith(("ForCausalLM", "LMHeadModel"))
+    encodes = bool(getattr(config, "is_encoder_decoder", False))
+    chosen = settings.answers
+    if chosen == "auto":
+        chosen = "text" if encodes or writes else "heads"
+    if encodes and chosen == "heads":
+        raise InputError(
+            f"backbone {settings.backbone!r} is an encoder-decoder, which has no place for heads; set `answers: text`"
+        )
+    if chosen == "heads" and settings.scoring == "generation":
+        raise InputError("`scoring: generation` needs answers that are text; heads write nothing, so leave it out")
+    return chosen
+
+
+def load_backbone(name: str, answers: str = "heads") -> tuple[Any, Any]:
+    """Load a frozen backbone and its tokenizer.
+
+    Args:
+        name: "minilm" (an encoder, 22M parameters) or "smollm2" (a decoder, 135M), which come by pip, a folder, or a
+            model on the hub. No remote code is run.
+        answers: "heads" for a model that gives one state for each token, "text" for a language model.
+
+    Raises:
+        InputError: It can't be found or reached, or is no such model.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    found = _found(name)
+    with _loading(name):
+        config = AutoConfig.from_pretrained(**found)
+        encodes = getattr(config, "is_encoder_decoder", False)
+        kind = AutoModel if answers == "heads" else AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM
+        tokenizer = AutoTokenizer.from_pretrained(**found)
+        backbone = kind.from_pretrained(**found, config=config, dtype=torch.float32)
+    if answers == "text":
+        return backbone.requires_grad_(False), tokenizer
     if not isinstance(getattr(backbone.config, "hidden_size", None), int):
         raise InputError(f"backbone {name!r} does not say how wide its states are (`hidden_size`); choose another")
     if getattr(backbone, "pooler", None) is not None:
@@ -108,9 +156,7 @@ def load_backbone(name: str) -> tuple[Any, Any]:
     return backbone.requires_grad_(False), tokenizer
 
 
-def build(
-    settings: Settings, method: str, tasks: Sequence[Task], moments: Mapping[str, tuple[float, float]]
-) -> tuple[MultiTaskModel, Any]:
+def build(settings: Settings, method: str, tasks: Sequence[Task], moments: Mapping[str, Moments]) -> tuple[Model, Any]:
     """Build a method on its backbone, with fresh weights that depend on the seed only.
 
     Returns:
@@ -119,28 +165,46 @@ def build(
     Raises:
         InputError: The backbone can't be loaded, or the method does not fit it.
     """
-    backbone, tokenizer = load_backbone(settings.backbone)
-    _check_length(settings, backbone)
+    answers = form(settings)
+    backbone, tokenizer = load_backbone(settings.backbone, answers)
     torch.manual_seed(settings.training.seed)
-    heads = TaskHeads(backbone.config.hidden_size, tasks, moments)
+    heads: TaskHeads | Answers
+    if answers == "heads":
+        heads, longest = TaskHeads(backbone.config.hidden_size, tasks, moments), 0
+    elif method == "heads-only":
+        raise InputError("method 'heads-only' has nothing to train where answers are text; leave it out")
+    else:
+        heads = Answers(tasks, tokenizer, moments, continues=not backbone.config.is_encoder_decoder)
+        longest = heads.longest() if heads.continues else 0
+    _check_length(settings, backbone, longest)
     try:
         adapted = METHODS[method](backbone, [task.name for task in tasks], settings)
     except InputError:
         raise
     except (ValueError, re.error) as error:  # of PEFT, or of a `target_modules` that is no regular expression
         raise InputError(f"method {method!r} does not fit {settings.backbone!r}: {one_line(error)}") from error
+    if isinstance(heads, Answers):
+        return TextModel(adapted, heads), tokenizer
     return MultiTaskModel(adapted, heads), tokenizer
 
 
-def _check_length(settings: Settings, backbone: Any) -> None:
-    """Refuse inputs that are longer than the backbone's table of positions."""
+def encode_rows(model: Model, row: int, rows: Rows, tokenizer: Any, max_length: int, *, train: bool = False) -> Encoded:
+    """Tokenize rows of a task as a model reads them; see `encode` and `encode_text`."""
+    if isinstance(model, TextModel):
+        return encode_text(rows, row, model.heads, max_length, train=train)
+    return encode(rows, tokenizer, max_length)
+
+
+def _check_length(settings: Settings, backbone: Any, answer: int) -> None:
+    """Refuse inputs that are, with the answer behind them, longer than the backbone's table of positions."""
     positions = getattr(backbone.config, "max_position_embeddings", None)
     for name, module in backbone.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             positions -= module.padding_idx + 1  # RoBERTa counts from there
-    if positions and settings.data.max_length > positions:
+    if positions and settings.data.max_length + answer > positions:
+        more = f", {answer} of them for the answer" if answer else ""
         raise InputError(
-            f"`data.max_length` is {settings.data.max_length}, but {settings.backbone!r} takes {positions} tokens"
+            f"`data.max_length` is {settings.data.max_length}, but {settings.backbone!r} takes {positions} tokens{more}"
         )
 
 
@@ -172,7 +236,7 @@ def _check_same(source: Path, own: Mapping[str, torch.Tensor], found: Mapping[st
         )
 
 
-def save_adapter(model: MultiTaskModel, settings: Settings, method: str, tasks: Sequence[Task], folder: Path) -> None:
+def save_adapter(model: Model, settings: Settings, method: str, tasks: Sequence[Task], folder: Path) -> None:
     """Write a trained model as `folder`, whole or not at all."""
     with new_folder(folder) as temporary:
         _save_method(model.method, method, temporary)
@@ -214,7 +278,8 @@ def _save_method(model: Method, method: str, folder: Path) -> None:
     from peft import PeftModel
 
     if isinstance(model.backbone, PeftModel) or method == "full":
-        model.backbone.save_pretrained(folder)
+        host: Any = model.backbone
+        host.save_pretrained(folder)
     elif trained := state(model):
         save_tensors(trained, folder / METHOD_WEIGHTS)
 

@@ -11,72 +11,102 @@ import torch
 from torch import Tensor
 
 from unolora import metrics
-from unolora.data import Collator, Encoded, encode
+from unolora.data import Collator, Encoded
 from unolora.errors import InputError
-from unolora.heads import MultiTaskModel
-from unolora.runs import Run
+from unolora.runs import Model, Run, encode_rows
 from unolora.tasks import Task
 from unolora.tasks.rows import Rows, load
+from unolora.text import TextModel
+
+Row = tuple[int, Encoded, int]
+"""A task's row, a split of it, and a place there."""
 
 
 @torch.no_grad()
-def logits(
-    model: MultiTaskModel, rows: Sequence[tuple[int, Encoded, int]], collate: Collator, batch_size: int = 64
-) -> Tensor:
-    """Run rows of any tasks, longest first so that little is padded, and return their logits [N, C] in the order given.
+def outputs(
+    model: Model, rows: Sequence[Row], collate: Collator, batch_size: int = 64, scoring: str = "labels"
+) -> tuple[Tensor, Tensor]:
+    """Run rows of any tasks, longest first so that little is padded.
 
     Args:
         model: In any mode; it is evaluated without dropout and left as it was.
-        rows: Of each its task's row, its split, and its place there.
+        rows: The rows.
         collate: Pads a batch.
         batch_size: Rows of a forward; it does not change the result beyond rounding.
+        scoring: "labels", or "generation" where answers are text.
+
+    Returns:
+        Logits [N, C] (of generation none, [N, 0]) and predicted label ids or numbers [N], in the order given.
 
     Raises:
         InputError: The outputs are not finite, as after a training that diverged.
     """
     device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][1].inputs["input_ids"][rows[i][2]]))
+    passes = {task: model.heads.passes(task) for task in {task for task, _, _ in rows}}
+    cost = [(passes[task], -len(split.inputs["input_ids"][i])) for task, split, i in rows]
+    order = sorted(range(len(rows)), key=cost.__getitem__)
     was_training = model.training
     model.eval()
-    parts = []
+    logits, answers = [], []
     for start in range(0, len(order), batch_size):
         batch = collate([rows[i] for i in order[start : start + batch_size]])
-        batch.pop("labels")
-        parts.append(model(**{name: value.to(device) for name, value in batch.items()})["logits"].cpu())
+        batch = {name: value.to(device) for name, value in batch.items() if name not in ("labels", "answers")}
+        if scoring == "generation" and isinstance(model, TextModel):
+            values, _ = model.generate(**batch)
+            logits.append(torch.empty(len(values), 0))
+            answers.append(values)
+        else:
+            out = model(**batch)
+            logits.append(out["logits"].cpu())
+            answers.append(out["answers"].cpu())
     model.train(was_training)
     back = torch.tensor(order).argsort()
-    found = torch.cat(parts)[back]
-    if not found[:, 0].isfinite().all():  # the others are -inf where a task has fewer labels
+    found = torch.cat(logits)[back]
+    if not found[:, :1].isfinite().all():  # the others are -inf where a task has fewer labels
         raise InputError("the model's outputs are not finite: training diverged; try a lower `training.learning_rate`")
-    return found
+    return found, torch.cat(answers)[back]
 
 
 def predictions(
-    model: MultiTaskModel, splits: Mapping[int, Encoded], collate: Collator, batch_size: int = 64
+    model: Model, splits: Mapping[int, Encoded], collate: Collator, scoring: str = "labels"
 ) -> dict[int, np.ndarray[Any, Any]]:
     """Predict whole splits, all tasks together.
 
     Returns:
-        For each task row label ids or numbers [N].
+        For each task row label ids or numbers [N]; -1 or NaN where what was generated is no answer.
     """
     rows = [(task, split, i) for task, split in splits.items() for i in range(len(split))]
-    device = next(model.parameters()).device
-    tasks = torch.tensor([task for task, _, _ in rows], device=device)
-    values = model.heads.predict(logits(model, rows, collate, batch_size).to(device), tasks).cpu().numpy()
+    values = outputs(model, rows, collate, scoring=scoring)[1].numpy()
     ends = np.cumsum([len(split) for split in splits.values()])
     return {task: values[end - len(split) : end] for (task, split), end in zip(splits.items(), ends, strict=True)}
 
 
+def scored(
+    tasks: Sequence[Task], splits: Mapping[int, Encoded], found: Mapping[int, np.ndarray[Any, Any]]
+) -> dict[str, dict[str, float]]:
+    """Score predictions; of each task its metrics, the first of which is its score."""
+    return {tasks[row].name: metrics.score(tasks[row], split.targets, found[row]) for row, split in splits.items()}
+
+
+def unparsed(tasks: Sequence[Task], found: Mapping[int, np.ndarray[Any, Any]]) -> dict[str, int]:
+    """Count the predictions of each task that are no answer."""
+    wrong = {row: values < 0 if tasks[row].labels else np.isnan(values) for row, values in found.items()}
+    return {tasks[row].name: int(np.count_nonzero(where)) for row, where in wrong.items()}
+
+
 def evaluate(
-    model: MultiTaskModel, tasks: Sequence[Task], splits: Mapping[int, Encoded], collate: Collator
+    model: Model,
+    tasks: Sequence[Task],
+    splits: Mapping[int, Encoded],
+    collate: Collator,
+    scoring: str = "labels",
 ) -> dict[str, dict[str, float]]:
     """Score whole splits.
 
     Returns:
         For each task its metrics, the first of which is its score.
     """
-    found = predictions(model, splits, collate)
-    return {tasks[row].name: metrics.score(tasks[row], split.targets, found[row]) for row, split in splits.items()}
+    return scored(tasks, splits, predictions(model, splits, collate, scoring))
 
 
 def evaluate_run(run: Run, split: str) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
@@ -90,9 +120,13 @@ def evaluate_run(run: Run, split: str) -> tuple[dict[str, dict[str, float]], dic
     """
     settings = run.settings.data
     root = None if settings.root is None else Path(settings.root)
-    data = [load(task, root=root, limit=settings.limit) for task in run.tasks]  # with the labels of the training
-    splits = {row: encode(d.splits[split], run.tokenizer, settings.max_length) for row, d in enumerate(data)}
-    scores = evaluate(run.model, run.tasks, splits, Collator(run.tokenizer))
+    limit, fewer = settings.limit, settings.evaluation_limit
+    data = [load(task, root=root, limit=limit, evaluation_limit=fewer) for task in run.tasks]  # labels as in training
+    splits = {
+        row: encode_rows(run.model, row, d.splits[split], run.tokenizer, settings.max_length)
+        for row, d in enumerate(data)
+    }
+    scores = evaluate(run.model, run.tasks, splits, Collator(run.tokenizer), run.settings.scoring)
     return scores, {task.name: len(splits[row]) for row, task in enumerate(run.tasks)}
 
 
@@ -121,14 +155,14 @@ def predict_texts(
             raise InputError(f"input {place + 1}: task {task!r} takes {takes}, got {len(texts)}")
     if not inputs:
         return
-    split = encode(Rows(list(inputs), np.zeros(len(inputs))), run.tokenizer, run.settings.data.max_length)
+    given = Rows(list(inputs), np.zeros(len(inputs)))
+    split = encode_rows(run.model, row, given, run.tokenizer, run.settings.data.max_length)
     rows = [(row, split, i) for i in range(len(split))]
-    heads = run.model.heads
-    found = logits(run.model, rows, Collator(run.tokenizer), batch_size).to(heads.mean.device)
-    values = heads.predict(found, torch.full((len(split),), row, device=found.device)).tolist()
-    for value, chances in zip(values, found[:, : max(1, len(spec.labels))].softmax(dim=1).tolist(), strict=True):
+    found, values = outputs(run.model, rows, Collator(run.tokenizer), batch_size)
+    chances = found[:, : max(1, len(spec.labels))].softmax(dim=1)
+    for value, chance in zip(values.tolist(), chances.tolist(), strict=True):
         if spec.kind == "regression":
             yield {"task": task, "value": value}
         else:
             label = spec.labels[int(value)]
-            yield {"task": task, "label": label, "probabilities": dict(zip(spec.labels, chances, strict=True))}
+            yield {"task": task, "label": label, "probabilities": dict(zip(spec.labels, chance, strict=True))}

@@ -15,6 +15,8 @@ from unolora.sampling import STRATEGIES
 
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16")
+FORMS = ("auto", "heads", "text")
+SCORINGS = ("labels", "generation")
 
 
 @dataclass
@@ -83,11 +85,13 @@ class Data:
     """tokens kept of an input; longer ones are cut"""
     limit: int | None = None
     """at most this many rows of each split, for trying things out"""
+    evaluation_limit: int | None = None
+    """at most this many rows of the validation and test splits; by default `limit`"""
 
     def __post_init__(self) -> None:
         _check_types(self)
         _at_least(self, 4, "max_length")
-        _at_least(self, 1, "limit")
+        _at_least(self, 1, "limit", "evaluation_limit")
 
 
 @dataclass
@@ -172,9 +176,14 @@ class Settings:
     backbone: str = "minilm"
     """minilm (comes by pip, no hub), a folder, or a model on the hub"""
     method: str = "unolora"
-    """what is trained: unolora, lora-shared, lora-per-task, full or heads-only"""
+    """what is trained: unolora, or a rival (`unolora.methods.METHODS`)"""
     tasks: list[Any] = field(default_factory=list)
     """names of built-in tasks, or mappings that define one (see examples/two_csv)"""
+    answers: str = "auto"
+    """heads: a head for each task on an encoder; text: a language model reads a prompt and writes the answer; auto:
+    text for encoder-decoders and language models, else heads"""
+    scoring: str = "labels"
+    """how answers of text are found: labels (every possible one scored in one pass) or generation (token by token)"""
     baselines: list[str] = field(default_factory=list)
     """methods to train beside it with the same settings, for the report"""
     adapter: Adapter = field(default_factory=Adapter)
@@ -199,11 +208,21 @@ class Settings:
         for method in [self.method, *self.baselines]:
             if method not in METHODS:
                 raise unknown("method", method, METHODS)
+        if self.answers not in FORMS:
+            raise unknown("answers", self.answers, FORMS)
+        if self.scoring not in SCORINGS:
+            raise unknown("scoring", self.scoring, SCORINGS)
         if not self.tasks:
             raise InputError("`tasks` is empty; name at least one (`unolora tasks` lists the built-in ones)")
 
 
-SECTIONS: dict[str, type[Any]] = {"adapter": Adapter, "rivals": Rivals, "data": Data, "sampling": Sampling, "training": Training}
+SECTIONS: dict[str, type[Any]] = {
+    "adapter": Adapter,
+    "rivals": Rivals,
+    "data": Data,
+    "sampling": Sampling,
+    "training": Training,
+}
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:

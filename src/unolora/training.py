@@ -29,9 +29,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from unolora import metrics, runs, scoring
 from unolora.atomic import explained, new_folder, write_json, write_text
-from unolora.data import Collator, Encoded, TaskRows, TrainingBatches, encode
+from unolora.data import Collator, Encoded, TaskRows, TrainingBatches
 from unolora.errors import CheckpointError, InputError
-from unolora.heads import MultiTaskModel
+from unolora.heads import Moments
 from unolora.methods import label
 from unolora.sampling import Sampler
 from unolora.settings import Settings, to_dict
@@ -76,7 +76,7 @@ def train(settings: Settings, *, root: Path | None = None, resume: bool = False,
     _check_integrations(settings)
     data = load_data(settings, root)
     model, tokenizer = _build(settings, settings.method, data)  # what can't be built or read is known before
-    splits = _encode(settings, data, tokenizer)  #                anything is written
+    splits = _encode(settings, data, model, tokenizer)  #         anything is written
     _prepare_folder(folder, settings, root, resume)
     built = {settings.method: model}
     for method in [settings.method, *settings.baselines]:
@@ -103,7 +103,10 @@ def load_data(settings: Settings, root: Path | None = None) -> list[rows.TaskDat
     from unolora.tasks import resolve
 
     start = Path(settings.data.root) if settings.data.root else root
-    return [rows.load(task, root=start, limit=settings.data.limit) for task in resolve(settings.tasks)]
+    text = runs.form(settings) == "text"
+    found = [task.as_text() if text else task for task in resolve(settings.tasks)]
+    limit, fewer = settings.data.limit, settings.data.evaluation_limit
+    return [rows.load(task, root=start, limit=limit, evaluation_limit=fewer) for task in found]
 
 
 def _check_folder(folder: Path, settings: Settings, resume: bool) -> None:
@@ -147,17 +150,19 @@ def _prepare_folder(folder: Path, settings: Settings, root: Path | None, resume:
         write_text(inside / "config.yaml", config)
 
 
-def _build(settings: Settings, method: str, data: Sequence[rows.TaskData]) -> tuple[MultiTaskModel, Any]:
-    moments = {d.task.name: _moments(d.splits["train"].targets) for d in data if d.task.kind == "regression"}
+def _build(settings: Settings, method: str, data: Sequence[rows.TaskData]) -> tuple[runs.Model, Any]:
+    moments = {d.task.name: Moments.of(d.splits["train"].targets) for d in data if d.task.kind == "regression"}
     return runs.build(settings, method, [d.task for d in data], moments)
 
 
-def _encode(settings: Settings, data: Sequence[rows.TaskData], tokenizer: Any) -> Splits:
+def _encode(settings: Settings, data: Sequence[rows.TaskData], model: runs.Model, tokenizer: Any) -> Splits:
     splits: dict[str, dict[int, Encoded]] = {"train": {}, "validation": {}, "test": {}}
     for row, d in enumerate(data):
         try:
             for name in splits:
-                splits[name][row] = encode(d.splits[name], tokenizer, settings.data.max_length)
+                splits[name][row] = runs.encode_rows(
+                    model, row, d.splits[name], tokenizer, settings.data.max_length, train=name == "train"
+                )
         except InputError as error:
             raise InputError(f"task {d.task.name!r}: {error}") from error
     return splits
@@ -166,7 +171,7 @@ def _encode(settings: Settings, data: Sequence[rows.TaskData], tokenizer: Any) -
 def _train_method(
     settings: Settings,
     method: str,
-    model: MultiTaskModel,
+    model: runs.Model,
     data: Sequence[rows.TaskData],
     splits: Splits,
     collate: Collator,
@@ -189,12 +194,12 @@ def _train_method(
         return int(trainer.state.global_step)
     runs.load_state(model, runs.load_tensors(trainer.best / "weights.safetensors", ONE_BEFORE), trainer.best)
     best = _read_json(trainer.best / "state.json", "step", "validation")
-    scores = {
-        "validation": best["validation"],
-        "test": scoring.evaluate(model, tasks, splits["test"], collate),
-    }
+    found = scoring.predictions(model, splits["test"], collate, settings.scoring)
+    scores = {"validation": best["validation"], "test": scoring.scored(tasks, splits["test"], found)}
     runs.save_adapter(model, settings, method, tasks, folder / "adapter")
-    write_json(folder / "results.json", _results(trainer, method, data, scores, best["step"]))
+    results = _results(trainer, method, data, scores, best["step"], scoring.unparsed(tasks, found))
+    results["parameters"]["file_bytes"] = sum(p.stat().st_size for p in (folder / "adapter").rglob("*") if p.is_file())
+    write_json(folder / "results.json", results)
     shutil.rmtree(folder / "checkpoints")
     return None
 
@@ -215,7 +220,7 @@ class MultiTaskTrainer(Trainer):
 
     def __init__(
         self,
-        model: MultiTaskModel,
+        model: runs.Model,
         settings: Settings,
         tasks: Sequence[Task],
         splits: Splits,
@@ -333,7 +338,8 @@ class MultiTaskTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the validation splits; the average decides which weights are kept."""
         started = time.perf_counter()
-        found = scoring.evaluate(self.model, self.tasks, self.splits["validation"], self.data_collator)
+        how = self.settings.scoring
+        found = scoring.evaluate(self.model, self.tasks, self.splits["validation"], self.data_collator, how)
         spent = time.perf_counter() - started
         self.evaluation_seconds += spent
         self.train_seconds -= spent
@@ -519,16 +525,13 @@ def _fingerprint(settings: Settings) -> dict[str, Any]:
     return dict(json.loads(json.dumps(kept)))
 
 
-def _moments(targets: np.ndarray[Any, Any]) -> tuple[float, float]:
-    return float(targets.mean()), float(targets.std()) or 1.0
-
-
 def _results(
     trainer: MultiTaskTrainer,
     method: str,
     data: Sequence[rows.TaskData],
     scores: Mapping[str, Mapping[str, Any]],
     best_step: int,
+    unparsed: Mapping[str, int],
 ) -> dict[str, Any]:
     """Gather results.json: scores of both splits, what a constant scores, parameters and times."""
     settings, model = trainer.settings, trainer.model
@@ -536,8 +539,10 @@ def _results(
     total = sum(p.numel() for p in model.parameters())
     heads = sum(p.numel() for p in model.heads.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    backbone = total - heads - (0 if method == "full" else trainable - heads)
+    own = {"full": 0, "full-per-task": (total - heads) * (len(data) - 1) // len(data)}  # beside one whole backbone
+    backbone = total - heads - own.get(method, trainable - heads)
     steps = settings.training.steps
+    means = {split: metrics.averages(found) for split, found in scores.items()}
     tasks = []
     for row, d in enumerate(data):
         name = d.task.name
@@ -556,6 +561,7 @@ def _results(
                 "sampling": {"planned": float(trainer.sampler.probabilities[row]), "seen": seen[name]},
                 "metrics": {split: scores[split][name] for split in ("validation", "test")},
                 "baseline": {"name": constant, "metrics": trivial},
+                "unparsed": unparsed[name],  # test predictions that are no answer, and count as wrong
             }
         )
     return {
@@ -568,7 +574,7 @@ def _results(
         "best_step": best_step,
         "batch_size": settings.training.batch_size,
         "tasks": tasks,
-        "averages": {"mean_of_first_metrics": {split: metrics.average(found) for split, found in scores.items()}},
+        "averages": {name: {split: values[name] for split, values in means.items()} for name in means["test"]},
         "parameters": {
             "total": total,
             "trainable": trainable,

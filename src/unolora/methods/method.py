@@ -5,12 +5,14 @@ Axes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from unolora.errors import InputError
 
 
 class Method(nn.Module):
@@ -77,3 +79,44 @@ class Method(nn.Module):
         """Return the last hidden states [B, T, D] of the input's tokens."""
         length = inputs["input_ids"].shape[1]
         return self.run(tasks, inputs, lambda backbone, given, _: backbone(**given).last_hidden_state[:, -length:])
+
+
+def tasks_of_rows(x: Tensor, tasks: Tensor) -> Tensor:
+    """Return the task of each row of a layer's input or output.
+
+    Args:
+        x: [N, ...], N = B or B x copies (beams) in `repeat_interleave` order.
+        tasks: Rows of the tasks [B].
+
+    Returns:
+        [N].
+
+    Raises:
+        InputError: The rows are not copies of the batch's.
+    """
+    copies, rest = divmod(len(x), len(tasks))
+    if rest:
+        raise InputError(
+            f"a layer got {len(x)} rows for a batch of {len(tasks)}; inside `condition`, run its rows or equally many "
+            "copies of each"
+        )
+    return tasks if copies == 1 else tasks.repeat_interleave(copies)
+
+
+@contextmanager
+def adding(updates: Iterable[tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]], tasks: Tensor) -> Iterator[None]:
+    """Add to what projections give, for as long as the context lasts.
+
+    Args:
+        updates: Projections, and for each a function of its input [N, T, D_in] and the tasks of the rows [N] that
+            returns what is added [N, T, D_out].
+        tasks: Rows of the tasks [B].
+    """
+
+    def hook(update: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        return lambda _, inputs, y: y + update(inputs[0], tasks_of_rows(y, tasks)).to(y.dtype)
+
+    with ExitStack() as hooks:
+        for projection, update in updates:
+            hooks.callback(projection.register_forward_hook(hook(update)).remove)
+        yield

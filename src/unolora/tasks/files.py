@@ -58,8 +58,17 @@ def read_file(path: Path) -> Table:
     return Table(str(path), reader(data, str(path)))
 
 
-def read_hub(hub: str, subset: str | None, split: str) -> Table:
+SAVE_IT = "save the rows as .jsonl, .csv or .parquet and name the file as train"
+
+
+def read_hub(hub: str, subset: str | None, split: str, *, otherwise: str = SAVE_IT) -> Table:
     """Read one split of a hub data set; no code of the data set is run.
+
+    Args:
+        hub: Its id.
+        subset: Its configuration.
+        split: The split.
+        otherwise: What to do without the hub, for the error.
 
     Raises:
         InputError: The hub cannot be reached, or knows no such data set, configuration or split.
@@ -71,8 +80,8 @@ def read_hub(hub: str, subset: str | None, split: str) -> Table:
         data = datasets.load_dataset(hub, subset, split=split)
     except Exception as error:  # the loader raises a dozen unrelated types, from ValueError to those of the HTTP client
         raise InputError(
-            f"hub data set {where} cannot be read ({one_line(error)}); check the names and the connection, or save "
-            "the rows as .jsonl, .csv or .parquet and name the file as train"
+            f"hub data set {where} cannot be read ({one_line(error)}); check the names and the connection, or "
+            f"{otherwise}"
         ) from error
     return Table(f"hub data set {where}", dict(data[:]))
 

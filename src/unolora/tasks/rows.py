@@ -2,6 +2,10 @@
 
 A task that names only training rows gives away 10 % of them for validation and 10 % for testing. Who goes where is a
 pure function of (task name, seed, number of rows): nothing is stored, and every machine cuts alike.
+
+A source with `validation_from` follows the paper instead (Zhang et al., 2020), with a fixed seed. Such splits share no
+text: training rows whose texts a validation or test row repeats are dropped, since the held-out sets of CoLA and STS-B
+repeat some.
 """
 
 from __future__ import annotations
@@ -21,11 +25,12 @@ import numpy.typing as npt
 from unolora.errors import InputError, unknown
 from unolora.tasks import quickstart
 from unolora.tasks.files import Table, read_file, read_hub
-from unolora.tasks.task import Task, parse_template
+from unolora.tasks.task import Source, Task, parse_template
 
 Integers = npt.NDArray[np.int64]
 CUT = ("validation", "test")
 FEWEST = 10  # rows from which a tenth is still a row
+GIVEN_AWAY = 1000  # training rows that become validation rows, of tasks of 10,000 and more
 
 
 @dataclass(frozen=True)
@@ -54,33 +59,47 @@ class TaskData:
     """The task, `labels` filled in."""
     splits: dict[str, Rows]
     """`train`, `validation` and `test`."""
+    dropped: int = 0
+    """Training rows left out because a validation or test row has the same texts (see `Source.validation_from`)."""
 
 
-def load(task: Task, *, root: Path | None = None, seed: int = 0, limit: int | None = None) -> TaskData:
+def load(
+    task: Task,
+    *,
+    root: Path | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    evaluation_limit: int | None = None,
+) -> TaskData:
     """Read the rows of a task and cut the splits that its source does not name.
 
     Args:
         task: The task.
-        root: Folder that relative file names start from; the working folder when left out.
-        seed: Seed of the cut and of `limit`. The embedded tables are always cut with seed 0.
+        root: Folder that relative file names start from (the working folder when left out), and that may hold the
+            source's `folder`, which is then read in place of the hub.
+        seed: Seed of the cut and of `limit`. The embedded tables are always cut with seed 0, and `validation_from`
+            does not depend on it.
         limit: Keep at most this many rows of each split, for smoke runs.
+        evaluation_limit: The same for validation and test; by default `limit`.
 
     Raises:
         InputError: The rows cannot be read, or a row does not fit the task.
     """
     try:
-        if limit is not None and limit < 1:
-            raise InputError(f"limit must be at least 1, not {limit}")
-        task, splits = _splits(task, root or Path(), seed)
+        for most in (limit, evaluation_limit):
+            if most is not None and most < 1:
+                raise InputError(f"limit must be at least 1, not {most}")
+        task, splits, dropped = _splits(task, root, seed)
         for name, rows in splits.items():
-            if limit is not None and len(rows) > limit:
-                splits[name] = rows.take(np.sort(order(len(rows), task.name, seed, "limit", name)[:limit]))
+            most = limit if name == "train" or evaluation_limit is None else evaluation_limit
+            if most is not None and len(rows) > most:
+                splits[name] = rows.take(np.sort(order(len(rows), task.name, seed, "limit", name)[:most]))
     except InputError as error:
         raise InputError(f"task {task.name!r}: {error}") from error
-    return TaskData(task, splits)
+    return TaskData(task, splits, dropped)
 
 
-def _splits(task: Task, root: Path, seed: int) -> tuple[Task, dict[str, Rows]]:
+def _splits(task: Task, root: Path | None, seed: int) -> tuple[Task, dict[str, Rows], int]:
     groups: Integers | None = None
     key: tuple[object, ...] = (task.name, seed)
     if task.source.bundled:
@@ -91,30 +110,80 @@ def _splits(task: Task, root: Path, seed: int) -> tuple[Task, dict[str, Rows]]:
     if task.kind == "classification" and not task.labels:
         task = dataclasses.replace(task, labels=_derived_labels(task, tables["train"]))
     splits = {name: Rows(fill(task, table), targets(task, table)) for name, table in tables.items()}
-    train = splits["train"]
-    absent = [name for name in CUT if name not in splits]
-    parts = cut(np.arange(len(train)) if groups is None else groups, absent, *key)
-    splits |= {name: train.take(index) for name, index in parts.items()}
+    dropped = 0
+    if task.source.validation_from:
+        splits, dropped = _held_out(task, splits["train"], splits["test"])
+    else:
+        train = splits["train"]
+        absent = [name for name in CUT if name not in splits]
+        parts = cut(np.arange(len(train)) if groups is None else groups, absent, *key)
+        splits |= {name: train.take(index) for name, index in parts.items()}
     if task.kind == "classification" and len(np.unique(splits["train"].targets)) < 2:
         only = task.labels[splits["train"].targets[0]]
         raise InputError(f"every training row has the label {only!r}; a classification needs two or more")
-    return task, {name: splits[name] for name in ("train", *CUT)}
+    return task, {name: splits[name] for name in ("train", *CUT)}, dropped
 
 
-def _tables(task: Task, root: Path) -> dict[str, Table]:
+def _held_out(task: Task, train: Rows, test: Rows) -> tuple[dict[str, Rows], int]:
+    """Make the validation rows from the test or the training rows, so that no text is in two splits.
+
+    Returns:
+        The three splits, and how many training rows were dropped.
+    """
+    count = len(train)
+    train = train.take(np.flatnonzero(~_repeats(train, test)))
+    given_away = 0
+    if task.source.validation_from == "train":
+        given_away = min(GIVEN_AWAY, len(train) // FEWEST)
+        chosen = order(len(train), task.name, "validation")[:given_away]
+        validation = train.take(np.sort(chosen))
+        train = train.take(np.flatnonzero(~_repeats(train, validation)))
+    else:
+        half = test.take(order(len(test), task.name, "validation")[: len(test) // 2])
+        repeats = _repeats(test, half)  # with the rows of the other half that repeat one of this half
+        validation, test = test.take(np.flatnonzero(repeats)), test.take(np.flatnonzero(~repeats))
+    splits = {"train": train, "validation": validation, "test": test}
+    for name, rows in splits.items():
+        if not len(rows):
+            raise InputError(
+                f"no row is left for the {name} split: validation rows are made from the {task.source.validation_from} "
+                "rows, and texts that two splits share are kept in one; give more rows"
+            )
+    return splits, count - len(train) - given_away
+
+
+def _repeats(rows: Rows, others: Rows) -> npt.NDArray[np.bool_]:
+    """Return, for each of the N rows, whether one of the others has the same texts."""
+    texts = set(others.texts)
+    return np.array([row in texts for row in rows.texts], bool)
+
+
+def _tables(task: Task, root: Path | None) -> dict[str, Table]:
     source = task.source
     if source.empty:
         raise InputError("its source names no rows; give a file as train, a hub data set as hub, or a bundled table")
     names = {"train": source.train or "train", "validation": source.validation, "test": source.test}
-    tables = {
-        split: read_hub(source.hub, source.subset, name) if source.hub else read_file(root / Path(name).expanduser())
-        for split, name in names.items()
-        if name
-    }
+    tables = {split: _table(source, root, name) for split, name in names.items() if name}
     for table in tables.values():
         if len(table) == 0:
             raise InputError(f"{table.where} has no rows")
     return tables
+
+
+def _table(source: Source, root: Path | None, name: str) -> Table:
+    """Read one file or hub split, or the file that stands in for the split."""
+    if not source.hub:
+        return read_file((root or Path()) / Path(name).expanduser())
+    if not source.folder:
+        return read_hub(source.hub, source.subset, name)
+    folder = root and root / source.folder
+    if folder and folder.is_dir():
+        if not (folder / f"{name}.jsonl").is_file():
+            here = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
+            raise InputError(f"{folder} lacks {name}.jsonl (it holds {here})")
+        return read_file(folder / f"{name}.jsonl")
+    otherwise = f"save this split as JSON lines in DIR/{source.folder}/{name}.jsonl and set `--data.root DIR`"
+    return read_hub(source.hub, source.subset, name, otherwise=otherwise)
 
 
 def order(count: int, *key: object) -> Integers:

@@ -12,6 +12,7 @@ A YAML mapping spells one in about ten lines, so a task of one's own needs no co
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,6 +52,12 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
     return [(literal, column) for literal, column, _, _ in pieces]
 
 
+def _columns(*templates: str) -> tuple[str, ...]:
+    """Return the columns that templates read, each once."""
+    pieces = [piece for template in templates for piece in parse_template(template)]
+    return tuple(dict.fromkeys(column for _, column in pieces if column is not None))
+
+
 def _check_keys(cls: type, what: str, mapping: object) -> None:
     """Refuse what is not a mapping, has a key that is no field of the dataclass, or lacks a required one."""
     if not isinstance(mapping, Mapping):
@@ -80,6 +87,12 @@ class Source:
     """Configuration of the hub data set, such as "sst2"."""
     bundled: str | None = None
     """Name of an embedded quickstart table."""
+    folder: str | None = None
+    """Folder inside `data.root` that, where it is there, holds the hub's splits as SPLIT.jsonl and stands in for it."""
+    validation_from: str | None = None
+    """Make the validation rows from those of another split, and keep the splits apart by their texts (see
+    `rows.load`): "test" halves the test rows, "train" takes 1,000 training rows (a tenth of fewer than 10,000). The
+    choice does not depend on the seed."""
 
     def __post_init__(self) -> None:
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
@@ -92,6 +105,16 @@ class Source:
             raise InputError("source: subset belongs to a hub data set; name it as hub")
         if (self.validation or self.test) and not (self.train or self.hub):
             raise InputError("source: validation or test came without training rows; name their file as train")
+        if self.folder and not self.hub:
+            raise InputError("source: folder stands in for a hub data set; name it as hub")
+        if self.validation_from:
+            self._check_validation_from(self.validation_from)
+
+    def _check_validation_from(self, split: str) -> None:
+        if split not in ("train", "test"):
+            raise InputError(f"source: validation_from must be train or test, not {split!r}")
+        if self.validation or not self.test:
+            raise InputError("source: validation_from goes with a test split and without a validation split")
 
     @property
     def empty(self) -> bool:
@@ -128,9 +151,14 @@ class Task:
     """Where the rows come from."""
     description: str = ""
     """What the task asks, in plain words."""
+    prompt: str = ""
+    """The input of a text-to-text model, over the columns. Left out, it is spelled as T5's: the task's name, then each
+    column after its own name, as in "mrpc sentence1: {sentence1} sentence2: {sentence2}"."""
+    text_step: float | None = None
+    """Regression: a text-to-text model writes the target rounded to a multiple of this; left out, it is not rounded."""
 
     def __post_init__(self) -> None:
-        for key in ("name", "kind", "target", "description"):
+        for key in ("name", "kind", "target", "description", "prompt"):
             if not isinstance(getattr(self, key), str):
                 raise InputError(f"task {self.name!r}: {key} must be text, not {getattr(self, key)!r}")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
@@ -142,8 +170,11 @@ class Task:
         object.__setattr__(self, "metrics", self.metrics or DEFAULT_METRICS[self.kind])
         try:
             self._check_template()
+            object.__setattr__(self, "prompt", self.prompt or self._derived_prompt())
+            self._check_prompt()
             self._check_labels()
             self._check_metrics()
+            self._check_text_step()
         except InputError as error:
             raise InputError(f"task {self.name!r}: {error}") from None
 
@@ -160,8 +191,14 @@ class Task:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that the template reads, each once."""
-        pieces = [piece for template in self.template for piece in parse_template(template)]
-        return tuple(dict.fromkeys(column for _, column in pieces if column is not None))
+        return _columns(*self.template)
+
+    def as_text(self) -> Self:
+        """Return a copy that feeds the model its one `prompt`, as a text-to-text model needs it."""
+        return dataclasses.replace(self, template=(self.prompt,))
+
+    def _derived_prompt(self) -> str:
+        return " ".join([self.name, *(f"{column}: {{{column}}}" for column in self.columns)])
 
     def _check_template(self) -> None:
         if not 1 <= len(self.template) <= 2:
@@ -170,6 +207,22 @@ class Task:
             raise InputError(f"template {' / '.join(self.template)!r} reads no column; write one as {{text}}")
         if self.target in self.columns:
             raise InputError(f"template reads the target column {self.target!r}, which gives the answer away")
+
+    def _check_prompt(self) -> None:
+        columns = _columns(self.prompt)
+        if not columns:
+            raise InputError(f"prompt {self.prompt!r} reads no column; write one as {{text}}")
+        if self.target in columns:
+            raise InputError(f"prompt reads the target column {self.target!r}, which gives the answer away")
+
+    def _check_text_step(self) -> None:
+        step = self.text_step
+        if step is None:
+            return
+        if self.kind != "regression":
+            raise InputError("text_step belongs to a regression; a classification writes its labels")
+        if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < math.inf:
+            raise InputError(f"text_step must be a number above 0, not {step!r}")
 
     def _check_labels(self) -> None:
         if self.labels and self.kind == "regression":

@@ -1,0 +1,44 @@
+"""Put the tables of results/ between their marks in README.md: `python scripts/readme_tables.py`.
+
+A place is marked `<!-- table: NAME -->` ... `<!-- end -->`; results/NAME/table.md, which scripts/reproduce.py writes,
+holds the table.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def only_table(text: str) -> str:
+    """Return the lines of a Markdown table without the notes around it."""
+    return "".join(line + "\n" for line in text.splitlines() if line.startswith("|"))
+
+
+def filled(text: str, results: Path) -> str:
+    """Return a page whose marked places hold the tables of `results`."""
+
+    def table(place: re.Match[str]) -> str:
+        path = results / place[2] / "table.md"
+        if not path.is_file():
+            raise SystemExit(f"{path}: no such file; scripts/reproduce.py writes it")
+        return f"{place[1]}\n{only_table(path.read_text(encoding='utf-8'))}\n{place[3]}"
+
+    return PLACE.sub(table, text)
+
+
+def main() -> None:
+    """Write README.md again."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    if not PLACE.search(text):
+        sys.exit(f"{path}: no place is marked <!-- table: NAME --> ... <!-- end -->")
+    path.write_text(filled(text, ROOT / "results"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
