@@ -236,6 +236,7 @@ def test_an_average_that_is_not_there(tmp_path):
     [
         {"training": {"seed": 1}, "output": "elsewhere", "overwrite": True, "baselines": ["full"]},
         {"data": {"root": "/else/where"}},
+        {"adapter": {"alpha": 16.0}},
         {"training": {"log_every": 3, "checkpoint_every": 7, "keep_checkpoints": 1}},
     ],
 )

@@ -250,7 +250,8 @@ def rows(
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
-        key = json.dumps([run["label"], run["settings"], protocol(run)], sort_keys=True)
+        numbers = {k: float(v) if type(v) is int else v for k, v in (run["settings"] or {}).items()}  # 16 is 16.0
+        key = json.dumps([run["label"], numbers, protocol(run)], sort_keys=True)
         groups.setdefault(key, []).append(run)
     found = [_row(group, split, average) for group in groups.values()]
     for row, label in zip(found, _labels(found), strict=True):
