@@ -40,19 +40,37 @@ def bert():
     return embeddings + 2 * layer
 
 
+def hyperformer():
+    """Parameters of HyperFormer++ with embeddings of 8 and adapters of 4, and of the norms that it trains."""
+    embeddings = (len(tiny.NAMES) + 2 + 2) * 8
+    network = mlp(24, 16, 8) + 2 * 8 + mlp(8, 4 * WIDTH) + mlp(8, 4) + mlp(8, 4 * WIDTH) + 3 * mlp(8, WIDTH)
+    return embeddings + network
+
+
+NORMS = 5 * 2 * WIDTH  # of the tiny BERT
+ROUTES = POSITIONS * len(tiny.NAMES) * 4  # Poly's logits: 4 skills
 ADAPTER = {
+    "c-poly": (4 + 3) * LORA + ROUTES,
     "full": bert(),
+    "full-per-task": 3 * bert(),
     "heads-only": 0,
+    "hyperformer": hyperformer() + NORMS,
+    "ia3": 2 * (2 * WIDTH + WIDTH + 48),  # PEFT scales the input of both `output.dense`
+    "lora-matched": 13 * LORA // RANK,  # rank 13 is the first with as many as UnoLoRA*
     "lora-per-task": 3 * LORA,
     "lora-shared": LORA,
+    "mtl-lora": 2 * LORA + POSITIONS * (3 * (RANK * RANK + 3)),  # an A of 32, three B's of 32
+    "poly": 4 * LORA + ROUTES,
+    "prompt-tuning": 6 * WIDTH + 3 * (6 + WIDTH),
     "unolora": LORA + hypernetwork(sample=True),
 }
+ON_TOP = {**ADAPTER, "full": 0, "full-per-task": 2 * bert(), "hyperformer": hyperformer()}  # of the backbone
 
 
 @pytest.mark.parametrize("method", tiny.METHODS)
 def test_parameter_counts_are_those_of_the_formulas(method):
     found = tiny.results(tiny.trained(method))["parameters"]
-    total = bert() + HEADS + (0 if method == "full" else ADAPTER[method])
+    total = bert() + HEADS + ON_TOP[method]
     assert found["total"] == total
     assert found["heads"] == HEADS
     assert found["adapter"] == ADAPTER[method]
@@ -148,14 +166,23 @@ def test_transformers_loads_a_fully_trained_backbone():
 
 # --- what lies there -----------------------------------------------------------------------------------------------
 
+PEFTS = {"adapter_config.json", "adapter_model.safetensors"}
 FILES = {
+    "c-poly": {"method.safetensors"},
     "full": {"config.json", "model.safetensors"},
+    "full-per-task": {"method.safetensors"},
     "heads-only": set(),
+    "hyperformer": {"method.safetensors"},
+    "ia3": PEFTS,
+    "lora-matched": PEFTS,
     "lora-per-task": {
         f"task_{n}/{f}" for n in tiny.NAMES for f in ("adapter_config.json", "adapter_model.safetensors")
     },
-    "lora-shared": {"adapter_config.json", "adapter_model.safetensors"},
-    "unolora": {"adapter_config.json", "adapter_model.safetensors"},
+    "lora-shared": PEFTS,
+    "mtl-lora": {"method.safetensors"},
+    "poly": PEFTS,
+    "prompt-tuning": {"method.safetensors"},
+    "unolora": PEFTS,
 }
 
 
@@ -242,13 +269,8 @@ def test_an_unfinished_run(tmp_path):
         runs.load_run(run)
 
 
-WEIGHTS = {
-    "full": ["model.safetensors"],
-    "heads-only": [],
-    "lora-per-task": ["task_topic/adapter_model.safetensors"],
-    "lora-shared": ["adapter_model.safetensors"],
-    "unolora": ["adapter_model.safetensors"],
-}
+WEIGHTS = {method: [file for file in FILES[method] if file.endswith(".safetensors")] for method in tiny.METHODS}
+WEIGHTS["lora-per-task"] = ["task_topic/adapter_model.safetensors"]
 DAMAGED = [(m, f) for m in tiny.METHODS for f in [*WEIGHTS[m], *(["heads.safetensors"] if m == "heads-only" else [])]]
 
 

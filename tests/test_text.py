@@ -42,7 +42,7 @@ def family(request):
     return request.param
 
 
-def test_splits(run, limit=None):
+def test_splits(run):
     data = training.load_data(run.settings)
     return {
         row: runs.encode_rows(run.model, row, d.splits["test"], run.tokenizer, run.settings.data.max_length)
@@ -203,7 +203,8 @@ def test_mixed_batch_is_row_by_row(family, method):
     single = [scoring.outputs(run.model, [row], Collator(run.tokenizer)) for row in rows]
     torch.testing.assert_close(logits, torch.cat([one[0] for one in single]), atol=2e-5, rtol=0)
     assert torch.equal(values, torch.cat([one[1] for one in single]))
-    assert torch.equal(logits.isfinite().sum(1), torch.tensor([{0: 2, 1: 3, 2: len(run.model.heads.values(2))}[t] for t, _ in PICKED]))
+    counts = {0: 2, 1: 3, 2: len(run.model.heads.values(2))}
+    assert logits.isfinite().sum(1).tolist() == [counts[task] for task, _ in PICKED]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -247,27 +248,31 @@ def test_prompts_are_cut_before_the_cue():
 # --- label scoring and generation -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["unolora", "lora-per-task", "full", "prompt-tuning", "mtl-lora"])
-def test_label_scoring_answers_as_generation_wherever_that_is_valid(family, method, tmp_path):
-    """Trained until what is generated is mostly valid; invalid answers are counted, not compared."""
-    rivals = {"prompt_tokens": 4}
-    wanted = {"steps": 60, "learning_rate": 0.05 if method != "full" else 0.01, "evaluate_every": 60,
-              "checkpoint_every": 60, "batch_size": 16}  # fmt: skip
-    settings = tiny_text.settings(tmp_path / "run", family, method=method, training=wanted, rivals=rivals,
-                                  adapter={"r": 8, "target_modules": None, "dropout": 0.0})  # fmt: skip
-    run = runs.load_run(training.train(settings))
-    splits = test_splits(run)
-    labels = scoring.predictions(run.model, splits, Collator(run.tokenizer))
-    written = scoring.predictions(run.model, splits, Collator(run.tokenizer), "generation")
-    counted = scoring.unparsed(run.tasks, written)
-    compared = 0
-    for row, task in enumerate(run.tasks):
-        valid = written[row] >= 0 if task.labels else np.isin(written[row], run.model.heads.values(row))
-        assert counted[task.name] == (~(written[row] >= 0)).sum() if task.labels else True
-        np.testing.assert_allclose(labels[row][valid], written[row][valid], atol=1e-9)
-        compared += valid.sum()
-    if method == "full":
-        assert compared > 10, "nothing was compared"
+def test_label_scoring_answers_as_generation_wherever_that_is_valid(family, tmp_path):
+    """Trained until most of what is generated is an answer; the rest is counted, not compared."""
+    wanted = {"steps": 60, "learning_rate": 0.01, "evaluate_every": 60, "checkpoint_every": 60}
+    run = runs.load_run(training.train(tiny_text.settings(tmp_path / "run", family, method="full", training=wanted)))
+    compared, differ = 0, set()
+    for row, split in test_splits(run).items():
+        batch = batch_of(run, {row: split}, [(row, i) for i in range(len(split))])
+        batch.pop("labels")
+        values, texts = run.model.generate(**batch)
+        with torch.no_grad():
+            answers = run.model(**batch)["answers"]
+        words = run.model.heads.words(row)
+        valid = torch.tensor([text.strip() in words for text in texts])
+        torch.testing.assert_close(answers[valid], values[valid])
+        compared += int(valid.sum())
+        differ |= {(row, value) for value in answers[valid].tolist()}
+    assert compared > 10, "nothing was compared"
+    assert len(differ) > 2, "every answer was the same"
+
+
+def test_what_is_no_answer_is_counted():
+    named = resolve(tiny_text.tasks())
+    named[0] = dataclasses.replace(named[0], labels=("bad", "good"))
+    found = {0: np.array([0.0, -1.0, 1.0, -1.0]), 2: np.array([-5.0, math.nan, 3.0])}
+    assert scoring.unparsed(named, found) == {"mood": 2, "heat": 1}
 
 
 def test_generation_does_not_depend_on_padding(family):
@@ -298,7 +303,8 @@ def test_one_pass_of_the_decoder_scores_all_labels(family):
 
 
 def test_generation_is_scored_and_counted(family, tmp_path):
-    settings = tiny_text.settings(tmp_path / "run", family, scoring="generation", training={"steps": 2, "evaluate_every": 2})
+    training_settings = {"steps": 2, "evaluate_every": 2}
+    settings = tiny_text.settings(tmp_path / "run", family, scoring="generation", training=training_settings)
     found = tiny.results(training.train(settings))
     counts = {task["name"]: (task["unparsed"], task["rows"]["test"]) for task in found["tasks"]}
     assert counts["mood"] == (8, 8)  # two steps teach nothing, so that nothing is an answer
@@ -318,7 +324,10 @@ def test_probabilities_of_a_text(family):
     run = runs.load_run(trained(family))
     (found,) = scoring.predict_texts(run, "topic", [("we saw a cat",)])
     assert sum(found["probabilities"].values()) == pytest.approx(1)
-    assert found["label"] == max(found["probabilities"], key=found["probabilities"].get)
+    assert found["label"] in found["probabilities"]
+    (mood,) = scoring.predict_texts(run, "mood", [("we saw a cat",)])
+    assert len(run.model.heads.tree(0).nodes) == 1, "more than one fork: greedy need not be the likeliest"
+    assert mood["label"] == max(mood["probabilities"], key=mood["probabilities"].get)
     (number,) = scoring.predict_texts(run, "heat", [("first: hot second: ice",)])
     assert number["value"] in run.model.heads.values(2)
 
@@ -348,7 +357,7 @@ def test_heads_write_nothing(tmp_path):
 
 def test_the_answer_counts_among_the_positions(tmp_path):
     settings = tiny_text.settings(tmp_path / "run", "llama", data={"max_length": 126})
-    with pytest.raises(InputError, match="takes 128 tokens, .* of them for the answer"):
+    with pytest.raises(InputError, match=r"takes 128 tokens, \d+ of them for the answer"):
         training.train(settings)
 
 

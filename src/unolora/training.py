@@ -539,7 +539,12 @@ def _results(
     total = sum(p.numel() for p in model.parameters())
     heads = sum(p.numel() for p in model.heads.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    own = {"full": 0, "full-per-task": (total - heads) * (len(data) - 1) // len(data)}  # beside one whole backbone
+    whole = {id(p): p.numel() for p in model.method.backbone.parameters()}
+    own = {  # what a method adds to the backbone
+        "full": 0,
+        "full-per-task": (total - heads) * (len(data) - 1) // len(data),
+        "hyperformer": total - heads - sum(whole.values()),  # it trains the backbone's norms as well
+    }
     backbone = total - heads - own.get(method, trainable - heads)
     steps = settings.training.steps
     means = {split: metrics.averages(found) for split, found in scores.items()}
