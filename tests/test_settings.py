@@ -109,7 +109,7 @@ def test_shipped_configs_are_settings(path):
 
 NUMBERS = ["steps", "batch_size", "gradient_accumulation", "evaluate_every", "log_every", "keep_checkpoints"]
 BAD = [
-    ({"method": "xyz"}, r"unknown method 'xyz' \(known: c-poly, full, full-per-task, heads-only, hyperformer, .*, unolora\)"),
+    ({"method": "xyz"}, r"unknown method 'xyz' \(known: c-poly, full, full-per-task, heads-only, .*, unolora\)"),
     ({"method": "unolra"}, r"unknown method 'unolra'; did you mean 'unolora'\?"),
     ({"baselines": ["ful"]}, r"unknown method 'ful'; did you mean 'full'\?"),
     ({"baselines": "full"}, r"`baselines` must be of type list\[str\], got 'full'"),

@@ -88,8 +88,9 @@ def unlike_the_paper(run: Mapping[str, Any], split: str) -> list[str]:
 
 
 def _all_rows(task: str, rows: Mapping[str, int]) -> bool:
+    """Whether a task has all its rows, but for the few of training that repeat a held-out row and are dropped."""
     train, test = PAPER_ROWS[task]
-    return rows["train"] == train and abs(rows["test"] - test) <= 1
+    return 0.99 * train <= rows["train"] <= train and abs(rows["test"] - test) <= 1
 
 
 def _paper_rows(average: str) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unolora import settings as run_settings
-from unolora.atomic import new_folder
+from unolora.atomic import new_folder, write_text
 from unolora.checkpoint import Checkpoint
 from unolora.config import WEIGHTS_NAME, check_weights_file
 from unolora.data import Encoded, encode
@@ -79,11 +79,17 @@ class Run:
 
 def _found(name: str) -> dict[str, Any]:
     """Return where a backbone lies, as `from_pretrained` takes it."""
+    from transformers import AutoConfig
+
     from unolora.tasks.download import minilm_folder, smollm2_folder
 
     if name == "smollm2":
         folder = smollm2_folder()
-        return {"pretrained_model_name_or_path": str(folder), "gguf_file": next(folder.glob("*.gguf")).name}
+        found = {"pretrained_model_name_or_path": str(folder), "gguf_file": next(folder.glob("*.gguf")).name}
+        if not (folder / "config.json").exists():  # where PEFT looks for it when it saves an adapter
+            with _loading(name):
+                write_text(folder / "config.json", AutoConfig.from_pretrained(**found).to_json_string())
+        return found
     path = str(minilm_folder()) if name == "minilm" else os.path.expanduser(name)
     if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") > 1):
         raise InputError(f"backbone {name!r}: no such folder; give a folder with config.json, a hub id, or 'minilm'")

@@ -142,8 +142,8 @@ def predict_texts(
         batch_size: Rows of a forward.
 
     Yields:
-        For each row `task` and `label` with `probabilities`, or `task` and `value`. Where answers are text, the label is
-        what greedy generation writes; with words that part at several tokens it need not be the likeliest.
+        For each row `task` and `label` with `probabilities`, or `task` and `value`. Where answers are text, the label
+        is what greedy generation writes; with words that part at several tokens it need not be the likeliest.
 
     Raises:
         InputError: The task is unknown, or a row has another number of texts than the task's template.
