@@ -475,7 +475,8 @@ def test_a_folder_that_is_no_backbone(refused, config, tmp_path):
 def test_an_encoder_decoder(refused, config, tmp_path):
     t5 = tf.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     t5.save_pretrained(tmp_path / "t5")
-    refused(["train", config(backbone=str(tmp_path / "t5"))], "is an encoder-decoder", "choose an encoder or a decoder")
+    path = config(backbone=str(tmp_path / "t5"), answers="heads")
+    refused(["train", path], "is an encoder-decoder, which has no place for heads", "set `answers: text`")
 
 
 @pytest.mark.parametrize("what", ["minilm", "spam"])

@@ -98,7 +98,7 @@ def test_the_help_of_train_explains_every_setting(capsys, monkeypatch):
             assert f"--{section}{name}" in text
     for name in Training.__dataclass_fields__:
         assert f"--training.{name}" in text
-    for line in ("rank of the shared pair", "peak learning rate of AdamW", "what is trained: unolora, lora-shared"):
+    for line in ("rank of the shared pair", "peak learning rate of AdamW", "what is trained: unolora, or a rival"):
         assert line in text
 
 

