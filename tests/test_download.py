@@ -4,8 +4,8 @@ The one test module that may use the network: the last section calls pip when th
 """
 
 import concurrent.futures
-import errno
 import dataclasses
+import errno
 import hashlib
 import os
 import subprocess

@@ -40,9 +40,8 @@ ALLOWED = {
     "training": {
         "atomic", "data", "heads", "methods", "metrics", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
-    "analysis": {"atomic", "config", "data", "layer", "runs", "scoring", "tasks"},
     "cli": {
-        "analysis", "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
+        "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
         "training"
     },
 }  # fmt: skip

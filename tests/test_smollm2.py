@@ -34,7 +34,7 @@ def run(tmp_path_factory):
 def test_the_loss_falls(run):
     losses = [line["loss"] for line in tiny.lines(run) if line["kind"] == "train"]
     assert len(losses) == STEPS
-    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
 def test_it_knows_more_than_a_constant(run):

@@ -3,8 +3,8 @@
 Scoring. A task's possible answers form a prefix tree of tokens, each ended by the end token:
 
     (start) --- not --- _ --- duplicate --- end        Only at a node with several branches is there anything to
-       |                                               decide. All those nodes of a task are read in one pass of the
-       +------- duplicate --- end                      decoder, whatever the length of the words.
+       |                                               decide. The nodes of a task are read in one pass of the decoder,
+       +------- duplicate --- end                      and where several paths lead to them, the rest from its cache.
 
 log p(answer) is the sum, over the nodes on its way, of log p(its branch | node), among the branches of that node. The
 prediction goes down the likeliest branch from node to node: what greedy generation writes wherever that is an answer.
@@ -313,18 +313,21 @@ class TextModel(nn.Module):
         return found
 
     def _read_encoded(self, model: Any, inputs: dict[str, Any], paths: Tensor) -> Tensor:
+        """Decode the path in one pass; where there are several, the start token first, and the paths from its cache."""
         B, R, L = paths.shape
-        start = torch.full((B * R, 1), self.start, device=paths.device)
-        decoded = torch.cat([start, paths.reshape(B * R, L)], 1)  #                          [B R, 1 + L]
-        if R > 1:
-            states = model.get_encoder()(**inputs).last_hidden_state  #                      [B, T, D]
-            mask = inputs["attention_mask"]
-            inputs = {
-                "encoder_outputs": BaseModelOutput(last_hidden_state=states.repeat_interleave(R, 0)),
-                "attention_mask": mask.repeat_interleave(R, 0),
-            }
-        logits = model(**inputs, decoder_input_ids=decoded).logits
-        return logits.view(B, R, L + 1, -1)
+        start = torch.full((B, 1), self.start, device=paths.device)
+        if R == 1:
+            return model(**inputs, decoder_input_ids=torch.cat([start, paths[:, 0]], 1)).logits.unsqueeze(1)
+        out = model(**inputs, decoder_input_ids=start, use_cache=True)
+        cache = out.past_key_values  # with the keys and values of the input, which are most of the work
+        cache.batch_repeat_interleave(R)
+        more = model(
+            encoder_outputs=BaseModelOutput(out.encoder_last_hidden_state.repeat_interleave(R, 0)),
+            attention_mask=inputs["attention_mask"].repeat_interleave(R, 0),
+            decoder_input_ids=paths.reshape(B * R, L),
+            past_key_values=cache,
+        ).logits.view(B, R, L, -1)
+        return torch.cat([out.logits.unsqueeze(1).expand(-1, R, -1, -1), more], 2)
 
     def _read_decoder(self, model: Any, inputs: dict[str, Any], paths: Tensor) -> Tensor:
         """Read the prompt once; where words part later than at their first token, go on from its cache."""
