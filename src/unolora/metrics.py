@@ -33,7 +33,7 @@ def f1(targets: ArrayLike, predictions: ArrayLike) -> float:
     """F1 of the positive class (id 1) when every id is 0 or 1, as GLUE has it, else `f1_macro`; both [N].
 
     Without a positive row and without a positive prediction it is 0. `UNPARSED` counts as the wrong one of both
-    classes, as in T5's evaluation: on a negative row it is a false positive, since it would cost nothing otherwise.
+    classes, on purpose: on a negative row it is a false positive, since it would cost nothing otherwise.
     """
     t, p = _ids(targets, predictions)
     if max(t.max(), p.max()) > 1:
