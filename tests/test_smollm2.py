@@ -7,6 +7,7 @@ import tiny
 from unolora import runs, scoring, training
 from unolora.data import Collator
 from unolora.settings import from_dict
+from unolora.text import TextModel
 
 pytestmark = [pytest.mark.slow]
 STEPS = 20
@@ -29,6 +30,11 @@ def run(tmp_path_factory):
         "output": str(tmp_path_factory.mktemp("smollm2") / "run"),
     }
     return training.train(from_dict(given))
+
+
+def test_its_answers_are_text(run):
+    assert isinstance(runs.load_run(run).model, TextModel)
+    assert tiny.results(run)["parameters"]["heads"] == 0
 
 
 def test_the_loss_falls(run):

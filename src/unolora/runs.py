@@ -119,7 +119,9 @@ def form(settings: Settings) -> str:
     found = _found(settings.backbone)
     with _loading(settings.backbone):
         config = AutoConfig.from_pretrained(**found)
-    writes = str(next(iter(config.architectures or []), "")).endswith(("ForCausalLM", "LMHeadModel"))
+    # A GGUF file does not name its architecture; what comes in one is a language model.
+    named = str(next(iter(config.architectures or []), ""))
+    writes = "gguf_file" in found or named.endswith(("ForCausalLM", "LMHeadModel"))
     encodes = bool(getattr(config, "is_encoder_decoder", False))
     chosen = settings.answers
     if chosen == "auto":
