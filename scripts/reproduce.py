@@ -31,7 +31,7 @@ import yaml
 from unolora import compare, runs
 from unolora.atomic import write_json, write_text
 from unolora.errors import InputError, unknown
-from unolora.settings import SECTIONS, Settings, from_dict, to_dict
+from unolora.settings import SECTIONS, Settings, flat, from_dict, to_dict
 
 KEYS = ("settings", "seeds", "methods")
 VERSIONS = ("unolora", "torch", "transformers", "peft", "python")
@@ -140,7 +140,7 @@ def check_same(all_runs: Sequence[Run]) -> None:
     """
     for run in all_runs:
         if (run.folder / "config.yaml").is_file():
-            now, there = (compare.flat(settings) for settings in (run.settings, runs.read_settings(run.folder)))
+            now, there = (flat(settings) for settings in (run.settings, runs.read_settings(run.folder)))
             odd = sorted(name for name in now if now[name] != there[name] and name not in PLACES)
             if odd:
                 raise InputError(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from unolora import runs as run_folders
 from unolora.errors import InputError, unknown
-from unolora.settings import SECTIONS, Settings, to_dict
+from unolora.settings import flat
 
 AVERAGES = ("mean_of_first_metrics", "mean_of_task_means", "mean_of_metrics")
 SPLITS = ("test", "validation")
@@ -214,14 +214,6 @@ def _settings(folder: Path, method: str) -> dict[str, Any] | None:
                 "method": method
             }
     return None
-
-
-def flat(settings: Settings) -> dict[str, Any]:
-    """Return settings as `section.name` -> value."""
-    found: dict[str, Any] = {}
-    for name, value in to_dict(settings).items():
-        found |= {f"{name}.{key}": v for key, v in value.items()} if name in SECTIONS else {name: value}
-    return found
 
 
 # ---------------------------------------------------------------- rows

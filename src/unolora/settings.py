@@ -230,6 +230,14 @@ def to_dict(settings: Settings) -> dict[str, Any]:
     return asdict(settings)
 
 
+def flat(settings: Settings) -> dict[str, Any]:
+    """Return the settings as `section.name` -> value."""
+    found: dict[str, Any] = {}
+    for name, value in to_dict(settings).items():
+        found |= {f"{name}.{key}": v for key, v in value.items()} if name in SECTIONS else {name: value}
+    return found
+
+
 def from_dict(data: dict[str, Any]) -> Settings:
     """Build settings from plain data.
 

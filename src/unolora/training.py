@@ -34,7 +34,7 @@ from unolora.errors import CheckpointError, InputError
 from unolora.heads import Moments
 from unolora.methods import label
 from unolora.sampling import Sampler
-from unolora.settings import Settings, to_dict
+from unolora.settings import Settings, flat, to_dict
 from unolora.tasks import Task, rows
 
 logger = logging.getLogger(__name__)
@@ -517,9 +517,7 @@ def _check_settings(folder: Path, kept: Mapping[str, Any], settings: Settings) -
 
 def _fingerprint(settings: Settings) -> dict[str, Any]:
     """What must be the same for a run to go on as if it had not stopped: `section.name` -> value."""
-    kept: dict[str, Any] = {}
-    for name, value in to_dict(settings).items():
-        kept |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    kept = flat(settings)
     for name in ("output", "overwrite", "baselines", "data.root", "training.keep_checkpoints", "training.report_to"):
         del kept[name]
     return dict(json.loads(json.dumps(kept)))
