@@ -33,7 +33,7 @@ from unolora.data import Encoded, encode
 from unolora.errors import CheckpointError, InputError, unknown
 from unolora.heads import Moments, MultiTaskModel, TaskHeads
 from unolora.methods import METHODS, label
-from unolora.methods.method import Method
+from unolora.methods.method import Method, positions
 from unolora.settings import Settings
 from unolora.tasks import Task
 from unolora.tasks.files import one_line
@@ -77,23 +77,44 @@ class Run:
         return names.index(name)
 
 
-def _found(name: str) -> dict[str, Any]:
-    """Return where a backbone lies, as `from_pretrained` takes it."""
+@dataclass(frozen=True)
+class _Source:
+    """Where a backbone lies, looked up and checked once: the hash of its weights takes a while."""
+
+    name: str
+    arguments: dict[str, Any]  # of `from_pretrained`
+    config: Any
+
+    @property
+    def encodes(self) -> bool:
+        return bool(getattr(self.config, "is_encoder_decoder", False))
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is a language model. A GGUF file does not name its architecture; what comes in one is one."""
+        named = str(next(iter(self.config.architectures or []), ""))
+        return self.encodes or "gguf_file" in self.arguments or named.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def _look_up(name: str) -> _Source:
     from transformers import AutoConfig
 
     from unolora.tasks.download import minilm_folder, smollm2_folder
 
+    gguf = {}
     if name == "smollm2":
         folder = smollm2_folder()
-        found = {"pretrained_model_name_or_path": str(folder), "gguf_file": next(folder.glob("*.gguf")).name}
-        if not (folder / "config.json").exists():  # where PEFT looks for it when it saves an adapter
-            with _loading(name):
-                write_text(folder / "config.json", AutoConfig.from_pretrained(**found).to_json_string())
-        return found
-    path = str(minilm_folder()) if name == "minilm" else os.path.expanduser(name)
+        path, gguf = str(folder), {"gguf_file": next(folder.glob("*.gguf")).name}
+    else:
+        path = str(minilm_folder()) if name == "minilm" else os.path.expanduser(name)
     if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") > 1):
         raise InputError(f"backbone {name!r}: no such folder; give a folder with config.json, a hub id, or 'minilm'")
-    return {"pretrained_model_name_or_path": path}
+    arguments = {"pretrained_model_name_or_path": path, **gguf}
+    with _loading(name):
+        config = AutoConfig.from_pretrained(**arguments)
+        if gguf and not Path(path, "config.json").exists():  # where PEFT looks for it when it saves an adapter
+            write_text(Path(path, "config.json"), config.to_json_string())
+    return _Source(name, arguments, config)
 
 
 @contextmanager
@@ -114,19 +135,14 @@ def form(settings: Settings) -> str:
     Raises:
         InputError: The backbone's configuration can't be read, or it does not fit what the settings ask for.
     """
-    from transformers import AutoConfig
+    return _form(settings, _look_up(settings.backbone))
 
-    found = _found(settings.backbone)
-    with _loading(settings.backbone):
-        config = AutoConfig.from_pretrained(**found)
-    # A GGUF file does not name its architecture; what comes in one is a language model.
-    named = str(next(iter(config.architectures or []), ""))
-    writes = "gguf_file" in found or named.endswith(("ForCausalLM", "LMHeadModel"))
-    encodes = bool(getattr(config, "is_encoder_decoder", False))
+
+def _form(settings: Settings, source: _Source) -> str:
     chosen = settings.answers
     if chosen == "auto":
-        chosen = "text" if encodes or writes else "heads"
-    if encodes and chosen == "heads":
+        chosen = "text" if source.writes else "heads"
+    if source.encodes and chosen == "heads":
         raise InputError(
             f"backbone {settings.backbone!r} is an encoder-decoder, which has no place for heads; set `answers: text`"
         )
@@ -146,15 +162,17 @@ def load_backbone(name: str, answers: str = "heads") -> tuple[Any, Any]:
     Raises:
         InputError: It can't be found or reached, or is no such model.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    return _load_backbone(_look_up(name), answers)
 
-    found = _found(name)
+
+def _load_backbone(source: _Source, answers: str) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    name = source.name
     with _loading(name):
-        config = AutoConfig.from_pretrained(**found)
-        encodes = getattr(config, "is_encoder_decoder", False)
-        kind = AutoModel if answers == "heads" else AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM
-        tokenizer = AutoTokenizer.from_pretrained(**found)
-        backbone = kind.from_pretrained(**found, config=config, dtype=torch.float32)
+        kind = AutoModel if answers == "heads" else AutoModelForSeq2SeqLM if source.encodes else AutoModelForCausalLM
+        tokenizer = AutoTokenizer.from_pretrained(**source.arguments)
+        backbone = kind.from_pretrained(**source.arguments, config=source.config, dtype=torch.float32)
     if answers == "text":
         return backbone.requires_grad_(False), tokenizer
     if not isinstance(getattr(backbone.config, "hidden_size", None), int):
@@ -173,8 +191,9 @@ def build(settings: Settings, method: str, tasks: Sequence[Task], moments: Mappi
     Raises:
         InputError: The backbone can't be loaded, or the method does not fit it.
     """
-    answers = form(settings)
-    backbone, tokenizer = load_backbone(settings.backbone, answers)
+    source = _look_up(settings.backbone)
+    answers = _form(settings, source)
+    backbone, tokenizer = _load_backbone(source, answers)
     torch.manual_seed(settings.training.seed)
     heads: TaskHeads | Answers
     if answers == "heads":
@@ -205,14 +224,11 @@ def encode_rows(model: Model, row: int, rows: Rows, tokenizer: Any, max_length: 
 
 def _check_length(settings: Settings, backbone: Any, answer: int) -> None:
     """Refuse inputs that are, with the answer behind them, longer than the backbone's table of positions."""
-    positions = getattr(backbone.config, "max_position_embeddings", None)
-    for name, module in backbone.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions -= module.padding_idx + 1  # RoBERTa counts from there
-    if positions and settings.data.max_length + answer > positions:
+    limit = positions(backbone)
+    if limit and settings.data.max_length + answer > limit:
         more = f", {answer} of them for the answer" if answer else ""
         raise InputError(
-            f"`data.max_length` is {settings.data.max_length}, but {settings.backbone!r} takes {positions} tokens{more}"
+            f"`data.max_length` is {settings.data.max_length}, but {settings.backbone!r} takes {limit} tokens{more}"
         )
 
 

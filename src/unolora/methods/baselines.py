@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unolora.config import UnoLoraConfig
 from unolora.errors import InputError, unknown
-from unolora.methods.method import Method
+from unolora.methods.method import Method, positions
 
 if TYPE_CHECKING:
     from unolora.settings import Adapter, Settings
@@ -207,13 +207,3 @@ class MultitaskPromptTuning(Method):
             if name in found:
                 found[name] = nn.functional.pad(found[name], (n, 0), value=value)  #           [B, n + T]
         return found
-
-
-def positions(backbone: nn.Module) -> int | None:
-    """Return how many tokens a backbone's table of positions takes, or None where it has no end."""
-    limit: int | None = getattr(backbone.config, "max_position_embeddings", None)
-    for name, module in backbone.named_modules():
-        offset = getattr(module, "padding_idx", None)
-        if limit and name.endswith("position_embeddings") and offset is not None:
-            limit -= offset + 1  # RoBERTa counts from there
-    return limit
