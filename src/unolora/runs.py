@@ -204,12 +204,14 @@ def build(settings: Settings, method: str, tasks: Sequence[Task], moments: Mappi
         heads = Answers(tasks, tokenizer, moments, continues=not backbone.config.is_encoder_decoder)
         longest = heads.longest() if heads.continues else 0
     _check_length(settings, backbone, longest)
+    count = sum(parameter.numel() for parameter in backbone.parameters())
     try:
         adapted = METHODS[method](backbone, [task.name for task in tasks], settings)
     except InputError:
         raise
     except (ValueError, re.error) as error:  # of PEFT, or of a `target_modules` that is no regular expression
         raise InputError(f"method {method!r} does not fit {settings.backbone!r}: {one_line(error)}") from error
+    adapted.backbone_parameters = count
     if isinstance(heads, Answers):
         return TextModel(adapted, heads), tokenizer
     return MultiTaskModel(adapted, heads), tokenizer

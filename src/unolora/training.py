@@ -537,13 +537,7 @@ def _results(
     total = sum(p.numel() for p in model.parameters())
     heads = sum(p.numel() for p in model.heads.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    whole = {id(p): p.numel() for p in model.method.backbone.parameters()}
-    own = {  # what a method adds to the backbone
-        "full": 0,
-        "full-per-task": (total - heads) * (len(data) - 1) // len(data),
-        "hyperformer": total - heads - sum(whole.values()),  # it trains the backbone's norms as well
-    }
-    backbone = total - heads - own.get(method, trainable - heads)
+    backbone = model.method.backbone_parameters
     steps = settings.training.steps
     means = {split: metrics.averages(found) for split, found in scores.items()}
     tasks = []

@@ -27,6 +27,9 @@ class Method(nn.Module):
     mixes = True
     """Whether one pass of the backbone takes rows of several tasks; if not, a batch is run task by task."""
 
+    backbone_parameters = 0
+    """How many parameters the backbone had before the method changed it; `runs.build` says."""
+
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
