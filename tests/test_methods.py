@@ -571,7 +571,7 @@ def test_prompts_that_leave_no_room_are_refused(family, limit):
 def test_t5_has_room_for_any_prompt():
     settings = chosen()
     settings.rivals.prompt_tokens = 5000
-    METHODS["prompt-tuning"](backbone("t5"), TASKS, settings)
+    assert METHODS["prompt-tuning"](backbone("t5"), TASKS, settings).prompts.num_virtual_tokens == 5000
 
 
 def test_the_last_states_are_those_of_the_input():

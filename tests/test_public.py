@@ -30,7 +30,7 @@ ALLOWED = {
     "settings": {"config", "methods", "sampling"},
     "heads": {"hypernetwork", "methods", "tasks"},
     "data": {"sampling", "tasks"},
-    "text": {"data", "heads", "methods", "tasks"},
+    "text": {"data", "heads", "methods", "metrics", "tasks"},
     "runs": {"atomic", "checkpoint", "config", "data", "heads", "methods", "settings", "tasks", "text"},
     "scoring": {"data", "metrics", "runs", "tasks", "text"},
     "report": {"atomic"},

@@ -42,15 +42,13 @@ def family(request):
     return request.param
 
 
-def test_splits(run):
+def held_out(run):
+    """The test split of each task, as the run's model reads it."""
     data = training.load_data(run.settings)
     return {
         row: runs.encode_rows(run.model, row, d.splits["test"], run.tokenizer, run.settings.data.max_length)
         for row, d in enumerate(data)
     }
-
-
-test_splits.__test__ = False
 
 
 def answers_of(family, **moments):
@@ -193,7 +191,7 @@ def test_losses_are_those_of_the_host_row_by_row(family):
 @pytest.mark.parametrize("method", METHODS)
 def test_mixed_batch_is_row_by_row(family, method):
     run = runs.load_run(trained(family, method))
-    train, test = training_splits(run), test_splits(run)
+    train, test = training_splits(run), held_out(run)
     with torch.no_grad():
         together = run.model(**batch_of(run, train, PICKED))["losses"]
         alone = [run.model(**batch_of(run, train, [one]))["losses"][0] for one in PICKED]
@@ -210,7 +208,7 @@ def test_mixed_batch_is_row_by_row(family, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_tasks_are_felt_where_a_method_knows_them(family, method):
     run = runs.load_run(trained(family, method))
-    splits = test_splits(run)
+    splits = held_out(run)
     batch = batch_of(run, splits, [(0, 0)] * 2)
     batch.pop("labels")
     states = []
@@ -253,7 +251,7 @@ def test_label_scoring_answers_as_generation_wherever_that_is_valid(family, tmp_
     wanted = {"steps": 60, "learning_rate": 0.01, "evaluate_every": 60, "checkpoint_every": 60}
     run = runs.load_run(training.train(tiny_text.settings(tmp_path / "run", family, method="full", training=wanted)))
     compared, differ = 0, set()
-    for row, split in test_splits(run).items():
+    for row, split in held_out(run).items():
         batch = batch_of(run, {row: split}, [(row, i) for i in range(len(split))])
         batch.pop("labels")
         values, texts = run.model.generate(**batch)
@@ -277,7 +275,7 @@ def test_what_is_no_answer_is_counted():
 
 def test_generation_does_not_depend_on_padding(family):
     run = runs.load_run(trained(family, "full"))
-    splits = test_splits(run)
+    splits = held_out(run)
     batch = batch_of(run, splits, PICKED)
     given = {name: batch[name] for name in ("input_ids", "attention_mask", "tasks")}
     _, together = run.model.generate(**given)
@@ -290,7 +288,7 @@ def test_generation_does_not_depend_on_padding(family):
 def test_one_pass_of_the_decoder_scores_all_labels(family):
     """Counted: what is decided at the first token takes one forward of the backbone, several paths one more at most."""
     run = runs.load_run(trained(family))
-    splits = test_splits(run)
+    splits = held_out(run)
     calls = []
     host = run.model.method.backbone.base_model.model
     stack = host.decoder if family == "t5" else host.model
@@ -350,6 +348,19 @@ def test_heads_only_has_nothing_to_train(family, tmp_path):
         training.train(tiny_text.settings(tmp_path / "run", family, method="heads-only"))
 
 
+def test_labels_of_the_same_tokens_are_refused_before_anything_is_written(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(Answers, "tokens", lambda self, texts: [[7, 1] for _ in texts])  # as unknown words have
+    with pytest.raises(InputError, match="the backbone's tokenizer gives 'bad' and 'good' the same tokens"):
+        training.train(tiny_text.settings(tmp_path / "run", family))
+    assert not (tmp_path / "run").exists()
+
+
+def test_heads_generate_nothing():
+    run = runs.load_run(tiny.trained())
+    with pytest.raises(InputError, match="heads write nothing"):
+        scoring.predictions(run.model, held_out(run), Collator(run.tokenizer), "generation")
+
+
 def test_heads_write_nothing(tmp_path):
     with pytest.raises(InputError, match="`scoring: generation` needs answers that are text"):
         training.train(tiny.settings(tmp_path / "run", scoring="generation"))
@@ -364,7 +375,7 @@ def test_the_answer_counts_among_the_positions(tmp_path):
 def test_log_p_is_over_the_branches_only(family):
     """With one fork, the scores are the log-softmax of the host's logits over the first tokens of the labels."""
     run = runs.load_run(trained(family, "full"))
-    splits = test_splits(run)
+    splits = held_out(run)
     ids = splits[0].inputs["input_ids"][0]
     host = run.model.method.backbone
     first = [tokens[0] for tokens in run.model.heads.tokens(run.model.heads.words(0))]

@@ -40,6 +40,8 @@ from unolora.tasks.files import one_line
 from unolora.tasks.rows import Rows
 from unolora.text import Answers, TextModel, encode_text
 
+NO_GENERATION = "`scoring: generation` needs answers that are text; heads write nothing, so leave it out"
+
 METHOD_WEIGHTS = "method.safetensors"
 """What a method trains that neither PEFT nor the host writes."""
 
@@ -147,7 +149,7 @@ def _form(settings: Settings, source: _Source) -> str:
             f"backbone {settings.backbone!r} is an encoder-decoder, which has no place for heads; set `answers: text`"
         )
     if chosen == "heads" and settings.scoring == "generation":
-        raise InputError("`scoring: generation` needs answers that are text; heads write nothing, so leave it out")
+        raise InputError(NO_GENERATION)
     return chosen
 
 
@@ -202,8 +204,8 @@ def build(settings: Settings, method: str, tasks: Sequence[Task], moments: Mappi
         raise InputError("method 'heads-only' has nothing to train where answers are text; leave it out")
     else:
         heads = Answers(tasks, tokenizer, moments, continues=not backbone.config.is_encoder_decoder)
-        longest = heads.longest() if heads.continues else 0
-    _check_length(settings, backbone, longest)
+        longest = heads.longest()  # which also says now, not at the first evaluation, whether answers can be told apart
+    _check_length(settings, backbone, 0 if backbone.config.is_encoder_decoder else longest)
     count = sum(parameter.numel() for parameter in backbone.parameters())
     try:
         adapted = METHODS[method](backbone, [task.name for task in tasks], settings)

@@ -13,7 +13,7 @@ from torch import Tensor
 from unolora import metrics
 from unolora.data import Collator, Encoded
 from unolora.errors import InputError
-from unolora.runs import Model, Run, encode_rows
+from unolora.runs import NO_GENERATION, Model, Run, encode_rows
 from unolora.tasks import Task
 from unolora.tasks.rows import Rows, load
 from unolora.text import TextModel
@@ -39,7 +39,7 @@ def outputs(
         Logits [N, C] (of generation none, [N, 0]) and predicted label ids or numbers [N], in the order given.
 
     Raises:
-        InputError: The outputs are not finite, as after a training that diverged.
+        InputError: The outputs are not finite, as after a training that diverged, or heads are asked to generate.
     """
     device = next(model.parameters()).device
     passes = {task: model.heads.passes(task) for task in {task for task, _, _ in rows}}
@@ -51,7 +51,9 @@ def outputs(
     for start in range(0, len(order), batch_size):
         batch = collate([rows[i] for i in order[start : start + batch_size]])
         batch = {name: value.to(device) for name, value in batch.items() if name not in ("labels", "answers")}
-        if scoring == "generation" and isinstance(model, TextModel):
+        if scoring == "generation":
+            if not isinstance(model, TextModel):
+                raise InputError(NO_GENERATION)
             values, _ = model.generate(**batch)
             logits.append(torch.empty(len(values), 0))
             answers.append(values)
@@ -73,7 +75,7 @@ def predictions(
     """Predict whole splits, all tasks together.
 
     Returns:
-        For each task row label ids or numbers [N]; -1 or NaN where what was generated is no answer.
+        For each task row label ids or numbers [N]; `metrics.UNPARSED` or NaN where what was generated is no answer.
     """
     rows = [(task, split, i) for task, split in splits.items() for i in range(len(split))]
     values = outputs(model, rows, collate, scoring=scoring)[1].numpy()
@@ -90,7 +92,9 @@ def scored(
 
 def unparsed(tasks: Sequence[Task], found: Mapping[int, np.ndarray[Any, Any]]) -> dict[str, int]:
     """Count the predictions of each task that are no answer."""
-    wrong = {row: values < 0 if tasks[row].labels else np.isnan(values) for row, values in found.items()}
+    wrong = {
+        row: values == metrics.UNPARSED if tasks[row].labels else np.isnan(values) for row, values in found.items()
+    }
     return {tasks[row].name: int(np.count_nonzero(where)) for row, where in wrong.items()}
 
 

@@ -29,6 +29,7 @@ from unolora.data import IGNORED, Encoded, check_unicode
 from unolora.errors import InputError
 from unolora.heads import Moments
 from unolora.methods.method import Method
+from unolora.metrics import UNPARSED
 from unolora.tasks import Task
 from unolora.tasks.rows import Rows
 
@@ -57,6 +58,10 @@ class Tree:
     paths: list[tuple[int, ...]]
     """Token sequences that lead through every node; usually one, which is empty."""
     nodes: list[Node]
+    size: int
+    """Number of answers: C of the task."""
+    longest: int
+    """Tokens of the longest answer, its end token among them."""
 
     @classmethod
     def of(cls, answers: Sequence[tuple[int, ...]]) -> Tree:
@@ -74,7 +79,7 @@ class Tree:
             path = next(i for i, path in enumerate(paths) if path[: len(fork)] == fork)
             taken = [branches[fork].index(a[len(fork)]) if a[: len(fork)] == fork else -1 for a in answers]
             nodes.append(Node(path, len(fork), torch.tensor(branches[fork]), torch.tensor(taken)))
-        return cls(paths, nodes)
+        return cls(paths, nodes, len(answers), max(map(len, answers)))
 
     @property
     def depth(self) -> int:
@@ -92,7 +97,7 @@ class Answers(nn.Module):
         continues: Whether an answer goes right behind the prompt, as for a decoder-only model.
 
     Raises:
-        InputError: The tokenizer has no end token or can't tell two answers apart, or a regression has no step.
+        InputError: The tokenizer has no end token, or a regression has no step.
     """
 
     low: Tensor  # [K] least training target of a regression
@@ -150,7 +155,11 @@ class Answers(nn.Module):
         return [tokens[text] for text in texts]
 
     def tree(self, row: int) -> Tree:
-        """Return the prefix tree of a task's answers."""
+        """Return the prefix tree of a task's answers.
+
+        Raises:
+            InputError: The tokenizer can't tell two of them apart.
+        """
         key = (row, float(self.low[row]), float(self.high[row]))
         if key not in self._trees:
             words = self.words(row)
@@ -165,18 +174,18 @@ class Answers(nn.Module):
         return self._trees[key]
 
     def longest(self) -> int:
-        """Tokens of the longest answer of all tasks, the end token among them."""
-        return max(len(ids) for row in range(len(self.tasks)) for ids in self.tokens(self.words(row)))
+        """Tokens of the longest answer of all tasks, the end token among them; see `tree` for what it refuses."""
+        return max(self.tree(row).longest for row in range(len(self.tasks)))
 
     def passes(self, row: int) -> int:
         """How many rows of the decoder one row of this task takes: R."""
         return len(self.tree(row).paths)
 
     def read(self, row: int, text: str) -> float:
-        """Turn a generated text into a label id or a number; -1 or NaN if it is neither."""
+        """Turn a generated text into a label id or a number; `UNPARSED` or NaN if it is neither."""
         task, text = self.tasks[row], text.strip()
         if task.kind == "classification":
-            return float(task.labels.index(text)) if text in task.labels else -1.0
+            return float(task.labels.index(text)) if text in task.labels else float(UNPARSED)
         try:
             value = math.nan if "_" in text else float(text)
         except ValueError:
@@ -283,10 +292,10 @@ class TextModel(nn.Module):
         return self._logits_at(model, given, places - 1)
 
     @staticmethod
-    def _logits_at(model: Any, given: dict[str, Any], places: Tensor, **more: Any) -> Tensor:
+    def _logits_at(model: Any, given: dict[str, Any], places: Tensor) -> Tensor:
         """Run a decoder and return its logits at places [B, L] only: over all tokens they are its largest tensor."""
         wanted, inverse = places.unique(return_inverse=True)
-        logits = model(**given, logits_to_keep=wanted, **more).logits  #                     [B, wanted, V]
+        logits = model(**given, logits_to_keep=wanted).logits  #                             [B, wanted, V]
         return logits.gather(1, inverse.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
 
     # --- scoring all answers in one pass --------------------------------------------------------------------------
@@ -301,7 +310,7 @@ class TextModel(nn.Module):
                 table[tasks.cpu() == row, place, : len(path)] = torch.tensor(path, dtype=torch.long)
         read = self._read_encoded if self.encodes else self._read_decoder
         logits = read(model, inputs, table.to(tasks.device))  #                              [B, R, L + 1, V]
-        C = max(len(self.heads.words(row)) for row in range(len(self.heads.tasks)))
+        C = max(self.heads.tree(row).size for row in range(len(self.heads.tasks)))
         found = torch.full((len(tasks), 1 + C), -torch.inf, dtype=torch.float64, device=tasks.device)
         for row, tree in trees.items():
             rows = (tasks == row).nonzero().squeeze(1)
@@ -355,7 +364,7 @@ class TextModel(nn.Module):
         """Write the answers token by token, greedily, as the paper scores them.
 
         Returns:
-            Label ids or numbers, -1 or NaN where what was written is no answer [B], and what was written.
+            Label ids or numbers, `UNPARSED` or NaN where what was written is no answer [B], and what was written.
         """
         if not self.encodes:  # a decoder goes on at the end of the tensor
             shift = (1 - attention_mask).sum(1, keepdim=True)
@@ -383,9 +392,8 @@ class TextModel(nn.Module):
 
 def _walk(tree: Tree, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Go through a tree: the greedily chosen answer [b], and log p of all [b, C], from logits [b, R, L + 1, V]."""
-    C = len(tree.nodes[0].taken)
-    scores = logits.new_zeros(len(logits), C, dtype=torch.float32)
-    greedy = torch.ones(len(logits), C, dtype=torch.bool, device=logits.device)
+    scores = logits.new_zeros(len(logits), tree.size, dtype=torch.float32)
+    greedy = torch.ones(len(logits), tree.size, dtype=torch.bool, device=logits.device)
     for node in tree.nodes:
         among = logits[:, node.path, node.depth, node.branches.to(logits.device)].float().log_softmax(1)  # [b, m]
         taken = node.taken.to(logits.device)

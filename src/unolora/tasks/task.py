@@ -155,7 +155,7 @@ class Task:
     """The input of a text-to-text model, over the columns. Left out, it is spelled as T5's: the task's name, then each
     column after its own name, as in "mrpc sentence1: {sentence1} sentence2: {sentence2}"."""
     text_step: float | None = None
-    """Regression: a text-to-text model writes the target rounded to a multiple of this; left out, it is not rounded."""
+    """Regression: a text-to-text model writes the target rounded to a multiple of this, and needs it; heads do not."""
 
     def __post_init__(self) -> None:
         for key in ("name", "kind", "target", "description", "prompt"):
