@@ -1,14 +1,16 @@
 """Label scoring beside generation that stops at the end token: `python scripts/bench_scoring.py GLUE_FOLDER [rounds]`.
 
-T5-small's shapes with random weights, MiniLM's tokenizer, GLUE's validation rows (64 of a task), batches of one task,
-sorted by length and padded to their longest. What is generated is forced to be the right answer, as a trained model
-would write it, so both read the same batches and generation ends as early as it can. The two take turns; medians over
+T5-small's shapes with random weights, MiniLM's tokenizer, GLUE's validation rows (up to 64 of a task), batches of one
+task, sorted by length and padded to their longest. What is generated is forced to be the right answer, as a trained
+model would write it, so both read the same batches and generation ends as early as it can. The encoder, which both run,
+is timed alone as well: scoring that took no time beside it would be 1 / its share as fast. All take turns; medians over
 rounds.
 """
 
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -21,6 +23,9 @@ from unolora.runs import encode_rows, load_backbone
 from unolora.tasks import resolve
 from unolora.tasks.rows import load
 from unolora.text import Answers, TextModel
+
+SIZES = (1, 8, 32)
+"""Rows of a batch."""
 
 
 class Forced(LogitsProcessor):
@@ -58,33 +63,57 @@ def main():
     tasks = [d.task for d in data]
     answers = Answers(tasks, tokenizer, {"stsb": Moments(2.5, 1, 0, 5)}, continues=False)
     model = TextModel(Method(host), answers).eval()
-    collate, batches = Collator(tokenizer), []
-    for row, d in enumerate(data):
-        split = encode_rows(model, row, d.splits["validation"], tokenizer, 128, train=True)
-        order = sorted(range(len(split)), key=split.lengths().__getitem__)
-        batches += [(row, collate([(row, split, i) for i in order[at : at + 32]])) for at in range(0, len(order), 32)]
-    times = {"labels": {}, "generation": {}}
-    with torch.no_grad():
-        for at in range(rounds + 1):  # the first one warms up
-            for row, batch in batches:
-                for how in times:
-                    start = time.perf_counter()
-                    if how == "labels":
-                        model(batch["input_ids"], batch["attention_mask"], batch["tasks"])
-                    else:
-                        generate(host, batch, end)
-                    if at:
-                        times[how].setdefault((at, row), []).append(time.perf_counter() - start)
-    total = [
-        sum(sum(v) for (at, _), v in times["generation"].items() if at == n)
-        / sum(sum(v) for (at, _), v in times["labels"].items() if at == n)
-        for n in range(1, rounds + 1)
-    ]
-    print(f"all of GLUE: generation takes {statistics.median(total):.2f} times as long as label scoring")
-    for row, task in enumerate(tasks):
-        ratio = [sum(times["generation"][n, row]) / sum(times["labels"][n, row]) for n in range(1, rounds + 1)]
+    splits = [encode_rows(model, row, d.splits["validation"], tokenizer, 128, train=True) for row, d in enumerate(data)]
+    for size in SIZES:
+        report(size, measure(model, cut(splits, size, Collator(tokenizer)), rounds), answers)
+
+
+def cut(splits, size, collate):
+    """Return batches of `size` rows of one task, at least two batches each: [(task, batch)]."""
+    batches = []
+    for row, split in enumerate(splits):
+        order = sorted(range(min(len(split), max(8, 2 * size))), key=split.lengths().__getitem__)
+        batches += [
+            (row, collate([(row, split, i) for i in order[at : at + size]])) for at in range(0, len(order), size)
+        ]
+    return batches
+
+
+@torch.no_grad()
+def measure(model, batches, rounds):
+    """Return the seconds of each round, way and task: [{way: {task: seconds}}]."""
+    host, found = model.method.backbone, []
+    ways = {
+        "labels": lambda batch: model(batch["input_ids"], batch["attention_mask"], batch["tasks"]),
+        "generation": lambda batch: generate(host, batch, host.config.eos_token_id),
+        "encoder": lambda batch: host.encoder(batch["input_ids"], attention_mask=batch["attention_mask"]),
+    }
+    for _ in range(rounds + 1):
+        seconds = {way: Counter() for way in ways}
+        for row, batch in batches:
+            for way, run in ways.items():
+                start = time.perf_counter()
+                run(batch)
+                seconds[way][row] += time.perf_counter() - start
+        found.append(seconds)
+    return found[1:]  # the first one warmed up
+
+
+def report(size, found, answers):
+    """Print ratios of the times for batches of `size` rows."""
+
+    def ratio(way, other, rows):
+        return statistics.median(sum(s[way][r] for r in rows) / sum(s[other][r] for r in rows) for s in found)
+
+    every = range(len(answers.tasks))
+    print(
+        f"batches of {size}: generation takes {ratio('generation', 'labels', every):.2f} times as long as scoring, "
+        f"the encoder alone takes {ratio('encoder', 'generation', every):.2f} of generation"
+    )
+    for row in every:
         longest = max(len(ids) for ids in answers.tokens(answers.words(row)))
-        print(f"{task.name:6} {statistics.median(ratio):.2f}  ({longest} tokens, {answers.passes(row)} paths)")
+        times = ratio("generation", "labels", [row])
+        print(f"  {answers.tasks[row].name:6} {times:.2f}  ({longest} tokens, {answers.passes(row)} paths)")
 
 
 if __name__ == "__main__":
