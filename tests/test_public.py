@@ -23,6 +23,9 @@ ALLOWED = {
     "checkpoint": {"config"},
     "model": {"checkpoint", "config", "hypernetwork", "layer"},
     "atomic": set(),
+    "lock": {"atomic"},
+    "processes": set(),
+    "recovery": {"atomic", "runs", "settings", "tasks"},
     "sampling": set(),
     "metrics": {"tasks"},
     "tasks": set(),
@@ -31,14 +34,15 @@ ALLOWED = {
     "heads": {"hypernetwork", "methods", "tasks"},
     "data": {"sampling", "tasks"},
     "text": {"data", "heads", "methods", "metrics", "tasks"},
-    "runs": {"atomic", "checkpoint", "config", "data", "heads", "methods", "settings", "tasks", "text"},
-    "scoring": {"data", "metrics", "runs", "tasks", "text"},
+    "runs": {"atomic", "checkpoint", "config", "data", "heads", "methods", "processes", "settings", "tasks", "text"},
+    "scoring": {"data", "metrics", "processes", "runs", "tasks", "text"},
     "report": {"atomic"},
     "compare": {"runs", "settings"},
     "progress": {"training"},
     "doctor": {"tasks"},
     "training": {
-        "atomic", "data", "heads", "methods", "metrics", "report", "runs", "sampling", "scoring", "settings", "tasks"
+        "atomic", "data", "heads", "lock", "methods", "metrics", "processes", "recovery", "report", "runs", "sampling",
+        "scoring", "settings", "tasks"
     },
     "cli": {
         "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",

@@ -1,6 +1,5 @@
 """Training: resumed is uninterrupted, the loss is the mean over rows, and something is learned."""
 
-import json
 import signal
 
 import numpy as np
@@ -81,8 +80,8 @@ def test_resumed_is_uninterrupted(method, end, tmp_path):
     assert checkpoint.name == ("step-000007" if end is interrupted else "step-000004")
     assert not (tmp_path / "run" / "adapter").exists()
     if end is crashed:
-        kept = json.loads((checkpoint / "state.json").read_text())
-        assert (tmp_path / "run" / "metrics.jsonl").stat().st_size > kept["log_bytes"], "no line after the checkpoint"
+        kept = (checkpoint / "metrics.jsonl").read_bytes() if (checkpoint / "metrics.jsonl").exists() else b""
+        assert len((tmp_path / "run" / "metrics.jsonl").read_bytes()) > len(kept), "no line after the checkpoint"
     same(resumed(settings), tiny.trained(method))
     assert tiny.leftovers(tmp_path) == []
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -180,6 +179,8 @@ CHANGES = [
     {"training": {"learning_rate": 0.02}},
     {"training": {"seed": 1}},
     {"training": {"steps": 13}},
+    {"training": {"gradient_accumulation": 1}},
+    {"training": {"batch_size": 4}},
     {"adapter": {"r": 2}},
     {"data": {"max_length": 16}},
     {"sampling": {"strategy": "equal"}},
@@ -228,35 +229,6 @@ def test_resuming_needs_a_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-FILES = ["state.json", "trainer_state.json", "weights.safetensors", "optimizer.safetensors"]
-
-
-@pytest.mark.parametrize("how", ["truncated", "missing"])
-@pytest.mark.parametrize("file", FILES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_helps(stopped, tmp_path, file, how):
-    run = tiny.copied(stopped, tmp_path)
-    last, before = sorted((run / "checkpoints").glob("step-*"), reverse=True)
-    assert (last.name, before.name) == ("step-000007", "step-000004")
-    data = (last / file).read_bytes()
-    (last / file).unlink()
-    if how == "truncated":
-        (last / file).write_bytes(data[: len(data) // 2])
-    with pytest.raises(CheckpointError, match=rf"step-000007/{file}: .*delete its folder to resume from the one be"):
-        training.train(tiny.settings(run), resume=True)
-    training.shutil.rmtree(last)
-    training.train(tiny.settings(run), resume=True)
-    found, wanted = tiny.parts(run), tiny.parts(tiny.trained())
-    found["results.json"]["name"] = "run"
-    assert found == wanted
-
-
-def test_a_shorter_log_than_the_checkpoint_says_is_not_filled_up(stopped, tmp_path):
-    run = tiny.copied(stopped, tmp_path)
-    (run / "metrics.jsonl").write_text("")
-    training.train(tiny.settings(run), resume=True)
-    assert [line["step"] for line in tiny.lines(run)] == [10, 12, 12]
-
-
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for step in (999_999, 1_000_000, 5):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
@@ -277,8 +249,8 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
 
 
 def test_a_checkpoint_holds_no_pickle(stopped):
-    files = {path.name for path in (stopped / "checkpoints").rglob("*") if path.is_file()}
-    assert files == {"weights.safetensors", "optimizer.safetensors", "state.json", "trainer_state.json"}
+    files = {path.suffix for path in (stopped / "checkpoints").rglob("*") if path.is_file()}
+    assert files == {".safetensors", ".json", ".jsonl"}
 
 
 # --- the log -------------------------------------------------------------------------------------------------------

@@ -77,6 +77,21 @@ def new_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed left half-written in a folder; nobody else may be writing to it."""
+    for path in folder.glob(".*"):
+        if is_temporary(path):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a name is one that something is written under before it gets its own."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name) is not None
+
+
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn what keeps a block from writing `path` into one line that says what to do.

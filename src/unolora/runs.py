@@ -1,6 +1,6 @@
 """A run on disk: what is built from its settings, written when it ends, and loaded again.
 
-RUN/  config.yaml  environment.json  metrics.jsonl  results.json  report.html
+RUN/  config.yaml  environment.json  data.json  metrics.jsonl  results.json  report.html
       adapter/      the best average: PEFT's files, heads.safetensors, tasks.json, README.md
       checkpoints/  to resume from
 """
@@ -34,13 +34,17 @@ from unolora.errors import CheckpointError, InputError, unknown
 from unolora.heads import Moments, MultiTaskModel, TaskHeads
 from unolora.methods import METHODS, label
 from unolora.methods.method import Method, positions
+from unolora.processes import spread
 from unolora.settings import Settings
 from unolora.tasks import Task
 from unolora.tasks.files import one_line
-from unolora.tasks.rows import Rows
+from unolora.tasks.rows import Rows, TaskData
 from unolora.text import Answers, TextModel, encode_text
 
 NO_GENERATION = "`scoring: generation` needs answers that are text; heads write nothing, so leave it out"
+
+DATA = "data.json"
+"""Digests of the rows that a run is trained and scored on."""
 
 METHOD_WEIGHTS = "method.safetensors"
 """What a method trains that neither PEFT nor the host writes."""
@@ -251,8 +255,9 @@ def load_state(model: nn.Module, found: Mapping[str, torch.Tensor], source: Path
     Raises:
         CheckpointError: The names or shapes differ.
     """
-    _check_same(source, state(model), found)
-    model.load_state_dict(found, strict=False)
+    own = state(model)
+    _check_same(source, own, found)
+    model.load_state_dict({name: spread(value, own[name]) for name, value in found.items()}, strict=False)
 
 
 def _check_same(source: Path, own: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
@@ -404,6 +409,40 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def digests(data: Sequence[TaskData]) -> dict[str, dict[str, str]]:
+    """Return a digest of each split of each task, for data.json."""
+    return {d.task.name: {split: rows.digest() for split, rows in d.splits.items()} for d in data}
+
+
+def check_data(folder: Path, now: Mapping[str, Mapping[str, str]], *splits: str) -> None:
+    """Compare rows with those that a run was trained with, if it says which.
+
+    Args:
+        folder: The run.
+        now: From `digests`.
+        *splits: The splits to compare; all without any.
+
+    Raises:
+        CheckpointError: A split of a task holds other rows now.
+    """
+    path = folder / DATA
+    if not path.is_file():  # written by an older version
+        return
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        pairs = [(task, split, kept[task][split], now[task][split]) for task in now for split in splits or now[task]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: expected the digests of the run's data; delete it to go on unchecked"
+        ) from error
+    for task, split, before, after in pairs:
+        if before != after:
+            raise CheckpointError(
+                f"{folder}: the {split} rows of task {task!r} are not those that the run began with; a split that is "
+                "cut from a file changes with the file, so bring the file back, or train anew"
+            )
 
 
 def how_to_go_on(folder: Path) -> str:

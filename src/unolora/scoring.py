@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unolora import metrics
+from unolora import metrics, processes
 from unolora.data import Collator, Encoded
 from unolora.errors import InputError
-from unolora.runs import NO_GENERATION, Model, Run, encode_rows
+from unolora.runs import NO_GENERATION, Model, Run, check_data, digests, encode_rows
 from unolora.tasks import Task
 from unolora.tasks.rows import Rows, load
 from unolora.text import TextModel
 
 Row = tuple[int, Encoded, int]
 """A task's row, a split of it, and a place there."""
+
+Values = np.ndarray[Any, Any]
 
 
 @torch.no_grad()
@@ -74,13 +76,36 @@ def predictions(
 ) -> dict[int, np.ndarray[Any, Any]]:
     """Predict whole splits, all tasks together.
 
+    The ranks of a run share the rows, so that all of them must call it.
+
     Returns:
         For each task row label ids or numbers [N]; `metrics.UNPARSED` or NaN where what was generated is no answer.
     """
     rows = [(task, split, i) for task, split in splits.items() for i in range(len(split))]
-    values = outputs(model, rows, collate, scoring=scoring)[1].numpy()
+    values = _shared(lambda own: outputs(model, own, collate, scoring=scoring)[1].numpy(), rows, model)
     ends = np.cumsum([len(split) for split in splits.values()])
     return {task: values[end - len(split) : end] for (task, split), end in zip(splits.items(), ends, strict=True)}
+
+
+def _shared(predict: Callable[[Sequence[Row]], Values], rows: Sequence[Row], model: Model) -> Values:
+    """Predict rows, each rank a part of them; where weights are in parts too, every rank has to run all rows."""
+    n = processes.count()
+    if n == 1 or processes.sharded(model):
+        return predict(rows)
+    own = rows[processes.rank() :: n]
+    found, failure = np.empty(0), ""
+    try:
+        found = predict(own) if own else found
+    except InputError as error:  # the others would wait for this rank
+        failure = str(error)
+    parts = processes.gathered([(found, failure)])
+    for _, failure in parts:
+        if failure:
+            raise InputError(failure)
+    values = np.empty(len(rows), parts[0][0].dtype)
+    for rank, (part, _) in enumerate(parts):
+        values[rank::n] = part
+    return values
 
 
 def scored(
@@ -126,6 +151,7 @@ def evaluate_run(run: Run, split: str) -> tuple[dict[str, dict[str, float]], dic
     root = None if settings.root is None else Path(settings.root)
     limit, fewer = settings.limit, settings.evaluation_limit
     data = [load(task, root=root, limit=limit, evaluation_limit=fewer) for task in run.tasks]  # labels as in training
+    check_data(run.folder, digests(data), split)
     splits = {
         row: encode_rows(run.model, row, d.splits[split], run.tokenizer, settings.max_length)
         for row, d in enumerate(data)

@@ -147,19 +147,28 @@ class Training:
     """of the weights, the batches and dropout"""
     precision: str = "fp32"
     """fp32, or bf16 autocast"""
+    max_skipped: int = 5
+    """a step whose loss or gradient is not finite is skipped; training stops after so many in a row"""
+    deterministic: bool = False
+    """use only operations that give the same bits each time, also on a GPU, where they may be slower"""
     report_to: list[str] = field(default_factory=list)
     """the Trainer's integrations to log to as well, e.g. tensorboard, wandb, mlflow, trackio"""
 
     def __post_init__(self) -> None:
         _check_types(self)
         names = ("steps", "batch_size", "gradient_accumulation", "evaluate_every", "log_every", "keep_checkpoints")
-        _at_least(self, 1, *names, "checkpoint_every")
+        _at_least(self, 1, *names, "checkpoint_every", "max_skipped")
         _at_least(self, 0, "warmup_steps", "seed", "weight_decay")
         _above_zero(self, "learning_rate", "max_grad_norm")
         if self.seed >= 2**32:
             raise InputError(f"`training.seed` must be below 2^32, which is all that NumPy takes, got {self.seed}")
         if self.schedule not in SCHEDULES:
             raise unknown("training.schedule", self.schedule, SCHEDULES)
+        if self.precision == "fp16":
+            raise InputError(
+                "`training.precision` can't be fp16: T5, and others that were trained in bf16, overflow its largest "
+                "number, 65504, and give NaN; use bf16, which is as fast and has fp32's range, or fp32"
+            )
         if self.precision not in PRECISIONS:
             raise unknown("training.precision", self.precision, PRECISIONS)
         if self.batch_size % self.gradient_accumulation:

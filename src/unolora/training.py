@@ -13,8 +13,8 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,14 +27,15 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from unolora import metrics, runs, scoring
-from unolora.atomic import explained, new_folder, write_json, write_text
+from unolora import lock, metrics, processes, recovery, runs, scoring
+from unolora.atomic import explained, is_temporary, new_folder, sweep, write_json, write_text
 from unolora.data import Collator, Encoded, TaskRows, TrainingBatches
-from unolora.errors import CheckpointError, InputError
+from unolora.errors import InputError
 from unolora.heads import Moments
 from unolora.methods import label
+from unolora.recovery import Checkpoints
 from unolora.sampling import Sampler
-from unolora.settings import Settings, flat, to_dict
+from unolora.settings import Settings, to_dict
 from unolora.tasks import Task, rows
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,8 @@ class Interrupted(Exception):  # noqa: N818  # nothing went wrong
         self.folder, self.step = folder, step
 
 
-ONE_BEFORE = "delete its folder to resume from the one before"
-"""What to do with a damaged checkpoint."""
+BEFORE_CONFIG = ("environment.json", runs.DATA)
+"""What is written into a run folder before the config.yaml that makes it a run."""
 
 Splits = Mapping[str, Mapping[int, Encoded]]
 """Split -> task row -> its tokens."""
@@ -71,26 +72,30 @@ def train(settings: Settings, *, root: Path | None = None, resume: bool = False,
         InputError: Something given can't be used; nothing was written.
         Interrupted: A signal stopped it; the checkpoint to go on from was written.
     """
+    processes.start()
     folder = Path(settings.output or "runs/run")
-    _check_folder(folder, settings, resume)
+    processes.first(lambda: _check_folder(folder, settings, resume))
     _check_integrations(settings)
     data = load_data(settings, root)
     model, tokenizer = _build(settings, settings.method, data)  # what can't be built or read is known before
     splits = _encode(settings, data, model, tokenizer)  #         anything is written
-    _prepare_folder(folder, settings, root, resume)
-    built = {settings.method: model}
-    for method in [settings.method, *settings.baselines]:
-        own = folder if method == settings.method else folder / "baselines" / method
-        if (own / "results.json").is_file():  # it was finished before the run was stopped
-            shutil.rmtree(own / "checkpoints", ignore_errors=True)
-            continue
-        model = built.pop(method) if method in built else _build(settings, method, data)[0]
-        stopped = _train_method(settings, method, model, data, splits, Collator(tokenizer), own, progress)
-        if stopped is not None:
-            raise Interrupted(folder, stopped)
-    from unolora.report import write_report
+    collate = Collator(tokenizer)
+    with ExitStack() as held:
+        processes.first(lambda: _claim(held, folder, settings, root, data, resume))
+        if settings.training.deterministic:
+            held.enter_context(_deterministic())
+        built = {settings.method: model}
+        for method in [settings.method, *settings.baselines]:
+            own = folder if method == settings.method else folder / "baselines" / method
+            if processes.first(lambda own=own: _is_finished(own)):  # type: ignore[misc]
+                continue
+            model = built.pop(method) if method in built else _build(settings, method, data)[0]
+            stopped = _train_method(settings, method, model, data, splits, collate, own, progress)
+            if stopped is not None:
+                raise Interrupted(folder, stopped)
+        from unolora.report import write_report
 
-    write_report(folder)
+        processes.first(lambda: write_report(folder) and None)
     return folder
 
 
@@ -113,8 +118,9 @@ def _check_folder(folder: Path, settings: Settings, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another `output`")
     if resume:
-        _check_settings(folder, _fingerprint(runs.read_settings(folder)), settings)
-    elif not folder.is_dir() or not any(folder.iterdir()):
+        kept = recovery.fingerprint(runs.read_settings(folder))
+        recovery.check_settings(folder, kept, recovery.fingerprint(settings))
+    elif not folder.is_dir() or _is_empty(folder):
         return
     elif not (folder / "config.yaml").is_file():
         raise InputError(f"{folder} holds other files and no run; it is not overwritten, choose another `output`")
@@ -136,18 +142,72 @@ def _check_integrations(settings: Settings) -> None:
             )
 
 
-def _prepare_folder(folder: Path, settings: Settings, root: Path | None, resume: bool) -> None:
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, beside what a start that was killed may have left."""
+    left = (lock.NAME, *BEFORE_CONFIG)
+    return all(path.name in left or is_temporary(path) for path in folder.iterdir())
+
+
+def _claim(
+    held: ExitStack,
+    folder: Path,
+    settings: Settings,
+    root: Path | None,
+    data: Sequence[rows.TaskData],
+    resume: bool,
+) -> None:
+    """Hold the run folder until `held` is left, and write what the run is made of into it."""
+    held.callback(_remove_if_not_begun, folder, not folder.exists())
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    own = held.enter_context(lock.locked(folder))
+    _check_folder(folder, settings, resume)  # once more, now that nobody else changes it
+    digests = runs.digests(data)
+    environment = {**runs.environment(), "processes": processes.count()}
+    sweep(folder)
     if resume:
-        write_json(folder / "environment.json", runs.environment())
+        runs.check_data(folder, digests)
+        write_json(folder / "environment.json", environment)
         return
     start = Path(settings.data.root or root or ".").resolve()  # the run is read from other working folders as well
     settings = replace(settings, data=replace(settings.data, root=str(start)))
-    config = yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True)
-    # An empty folder is filled, not replaced: it may be a mount point, or the working folder.
-    empty = folder.is_dir() and not any(folder.iterdir())
-    with nullcontext(folder) if empty else new_folder(folder) as inside:
-        write_json(inside / "environment.json", runs.environment())
-        write_text(inside / "config.yaml", config)
+    # An empty folder is filled, not replaced: it may be a mount point, or the working folder. What has no config.yaml,
+    # which comes last, is no run.
+    with nullcontext(folder) if _is_empty(folder) else new_folder(folder) as inside:
+        if inside != folder:
+            own.also(inside)
+        write_json(inside / "environment.json", environment)
+        write_json(inside / runs.DATA, digests)
+        write_text(inside / "config.yaml", yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True))
+
+
+def _remove_if_not_begun(folder: Path, new: bool) -> None:
+    if folder.is_dir() and _is_empty(folder):
+        with suppress(OSError):
+            for name in BEFORE_CONFIG:
+                (folder / name).unlink(missing_ok=True)
+            if new:
+                folder.rmdir()
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a method was trained to its end before the run was stopped."""
+    if not (folder / "results.json").is_file():
+        return False
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return True
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Let torch refuse, for as long as the context lasts, what does not give the same bits each time."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _build(settings: Settings, method: str, data: Sequence[rows.TaskData]) -> tuple[runs.Model, Any]:
@@ -179,29 +239,55 @@ def _train_method(
     progress: Any,
 ) -> int | None:
     """Train one method and write its folder; if a signal stopped it, return the step."""
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     tasks = [d.task for d in data]
-    trainer = MultiTaskTrainer(model, settings, tasks, splits, collate, folder)
+    identity = {"settings": recovery.fingerprint(settings), "method": method, "data": runs.digests(data)}
+    checkpoints = Checkpoints(folder, identity, settings.training.keep_checkpoints)
+    trainer = MultiTaskTrainer(model, settings, tasks, splits, collate, checkpoints)
     if progress is not None:
         trainer.add_callback(progress(label(method, settings.adapter), trainer))
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is None:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a start that did not get to its first checkpoint
+    checkpoint = processes.first(lambda: _begin(checkpoints))
     with _stop_on_signal(trainer):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped:
         return int(trainer.state.global_step)
-    runs.load_state(model, runs.load_tensors(trainer.best / "weights.safetensors", ONE_BEFORE), trainer.best)
-    best = _read_json(trainer.best / "state.json", "step", "validation")
+    best = checkpoints.best(trainer.state.best_global_step)
+    processes.first(lambda: recovery.check(best))
+    runs.load_state(model, runs.load_tensors(best / "weights.safetensors"), best)
+    kept = recovery.read_json(best / "state.json", "step", "validation")
     found = scoring.predictions(model, splits["test"], collate, settings.scoring)
-    scores = {"validation": best["validation"], "test": scoring.scored(tasks, splits["test"], found)}
-    runs.save_adapter(model, settings, method, tasks, folder / "adapter")
-    results = _results(trainer, method, data, scores, best["step"], scoring.unparsed(tasks, found))
-    results["parameters"]["file_bytes"] = sum(p.stat().st_size for p in (folder / "adapter").rglob("*") if p.is_file())
-    write_json(folder / "results.json", results)
-    shutil.rmtree(folder / "checkpoints")
+    scores = {"validation": kept["validation"], "test": scoring.scored(tasks, splits["test"], found)}
+    results = _results(trainer, method, data, scores, kept["step"], scoring.unparsed(tasks, found))
+    processes.first(lambda: _finish(model, settings, method, tasks, checkpoints, results))
     return None
+
+
+def _begin(checkpoints: Checkpoints) -> str | None:
+    """Make a method's folder and find the checkpoint to go on from; without one the log starts anew."""
+    with explained(checkpoints.run):
+        checkpoints.run.mkdir(parents=True, exist_ok=True)
+        sweep(checkpoints.run)
+    checkpoint = checkpoints.last_good()
+    if checkpoint is None:
+        (checkpoints.run / recovery.LOG).unlink(missing_ok=True)
+        return None
+    checkpoints.restore_log(checkpoint)
+    return str(checkpoint)
+
+
+def _finish(
+    model: runs.Model,
+    settings: Settings,
+    method: str,
+    tasks: Sequence[Task],
+    checkpoints: Checkpoints,
+    results: dict[str, Any],
+) -> None:
+    """Write what a method leaves: its adapter, then its results, which say that it is finished."""
+    adapter = checkpoints.run / "adapter"
+    runs.save_adapter(model, settings, method, tasks, adapter)
+    results["parameters"]["file_bytes"] = sum(p.stat().st_size for p in adapter.rglob("*") if p.is_file())
+    write_json(checkpoints.run / "results.json", results)
+    shutil.rmtree(checkpoints.folder)
 
 
 class MultiTaskTrainer(Trainer):
@@ -213,7 +299,7 @@ class MultiTaskTrainer(Trainer):
         tasks: In the order of their rows.
         splits: For "train" and "validation" each task row's tokens.
         collate: Pads a batch.
-        folder: The run folder.
+        checkpoints: Those of the run, whose folder also gets the log.
     """
 
     control: Any  # what the Trainer does after a step
@@ -225,14 +311,14 @@ class MultiTaskTrainer(Trainer):
         tasks: Sequence[Task],
         splits: Splits,
         collate: Collator,
-        folder: Path,
+        checkpoints: Checkpoints,
     ) -> None:
         t = settings.training
         args = TrainingArguments(
-            output_dir=str(folder),
+            output_dir=str(checkpoints.run),
             use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused on a processor
             max_steps=t.steps,
-            per_device_train_batch_size=t.batch_size // t.gradient_accumulation,
+            per_device_train_batch_size=max(1, t.batch_size // t.gradient_accumulation // processes.count()),
             gradient_accumulation_steps=t.gradient_accumulation,
             learning_rate=t.learning_rate,
             weight_decay=t.weight_decay,
@@ -252,12 +338,15 @@ class MultiTaskTrainer(Trainer):
             remove_unused_columns=False,
             disable_tqdm=True,
             report_to=t.report_to or "none",
+            ddp_find_unused_parameters=not model.method.mixes,  # a rank's rows may lack a task, and so its parameters
+            ddp_broadcast_buffers=False,  # they never change
         )
         trained, validated = (TaskRows(list(splits[name].values())) for name in ("train", "validation"))
         super().__init__(model, args, data_collator=collate, train_dataset=trained, eval_dataset=validated)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.settings, self.tasks, self.splits, self.folder = settings, list(tasks), splits, folder
+        self.settings, self.tasks, self.splits = settings, list(tasks), splits
+        self.checkpoints, self.folder = checkpoints, checkpoints.run
         self.sampler = Sampler(
             [len(split) for split in splits["train"].values()],
             batch_size=t.batch_size,
@@ -268,12 +357,14 @@ class MultiTaskTrainer(Trainer):
             mixed=settings.sampling.mixed,
         )
         self.model_accepts_loss_kwargs = False
-        self.best = folder / "checkpoints" / "best"
         self.stopped = False
         self.train_seconds = self.evaluation_seconds = 0.0  # of the parts of this run that are over
         self._started: float | None = None
         self._micro = 0
-        self._since_log = np.zeros((2, len(tasks)))  # summed loss and rows of each task since the last line
+        # Of each task in the current step, on the device: the sum of the finite losses, their rows, and the other rows
+        self._step = torch.zeros(3, len(tasks), dtype=_exact(args.device), device=args.device)
+        self._since_log = torch.zeros_like(self._step[:2])  # the first two since the last line, of this rank
+        self.skips = Skips()
 
     # --- a step is a function of (seed, step) ----------------------------------------------------------------------
 
@@ -298,22 +389,72 @@ class MultiTaskTrainer(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Return the mean loss of the batch, and keep each task's share of it for the log.
+        """Return the mean loss of the batch, and keep each task's share of it on the device."""
+        out = model(**inputs)
+        losses = out["losses"].detach().to(self._step.dtype)
+        own = inputs["tasks"] == torch.arange(len(self.tasks), device=losses.device).unsqueeze(1)  # [K, B]
+        finite = own & losses.isfinite()
+        self._step[0] += torch.where(finite, losses, 0).sum(1)
+        self._step[1] += finite.sum(1)
+        self._step[2] += (own & ~finite).sum(1)
+        return out["loss"]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip the gradients, and skip the step if a loss or a gradient of any rank is not finite.
+
+        Without gradients the optimiser leaves weights and moments as they are. Looking at the norm is the one time in
+        a step that the host waits for the device.
+        """
+        norm = super()._clip_grad_norm(model)
+        odd = torch.cat([self._step[2] > 0, ~processes.whole(norm.detach()).isfinite().reshape(1)]).float()
+        *of_tasks, of_norm = processes.largest(odd).tolist()
+        if of_norm or any(of_tasks):
+            for parameter in model.parameters():
+                parameter.grad = None
+            self._skip([task.name for task, bad in zip(self.tasks, of_tasks, strict=True) if bad])
+        else:
+            self._since_log += self._step[:2]
+            self.skips.in_a_row = 0
+        self._step.zero_()
+        return norm
+
+    def _skip(self, tasks: list[str]) -> None:
+        """Count a step that is not taken, and stop after too many in a row.
 
         Raises:
-            InputError: A loss is not finite.
+            InputError: It was one too many.
         """
-        out = model(**inputs)
-        rows_of, losses = inputs["tasks"].cpu().numpy(), out["losses"].detach().float().cpu().numpy()
-        if not np.isfinite(losses).all():
-            name = self.tasks[rows_of[~np.isfinite(losses)][0]].name
-            raise InputError(
-                f"the loss of task {name!r} is not finite at step {self.state.global_step + 1}: training diverged; "
-                "try a lower `training.learning_rate`"
+        self.skips.count(tasks)
+        step, most = self.state.global_step + 1, self.settings.training.max_skipped
+        what = f"the loss of task {tasks[0]!r}" if tasks else "a gradient"
+        logger.warning("step %d is skipped: %s is not finite", step, what)
+        if self.skips.in_a_row < most:
+            self._write_line(kind="skipped", step=step, tasks=tasks)
+            return
+        path = self.folder / "not-finite.json"
+        processes.first(lambda: write_json(path, self._rows_of_step(step - 1)))
+        raise InputError(
+            f"{what} is not finite at step {step}, the {most}. in a row: training diverged; try a lower "
+            f"`training.learning_rate` (the rows of the step are in {path})"
+        )
+
+    def _rows_of_step(self, step: int) -> list[dict[str, Any]]:
+        """Describe the global batch of a step, for a person to look at."""
+        decode = self.data_collator.tokenizer.decode
+        found = []
+        for task, row in self.sampler.batch(step):
+            _, split, place = self.train_dataset[task, row]
+            tokens = split.inputs["input_ids"][place]
+            found.append(
+                {
+                    "task": self.tasks[task].name,
+                    "row": row,
+                    "target": float(split.targets[place]),
+                    "tokens": list(tokens),
+                    "text": decode(tokens),
+                }
             )
-        np.add.at(self._since_log[0], rows_of, losses)
-        np.add.at(self._since_log[1], rows_of, 1)
-        return out["loss"]
+        return found
 
     # --- what is measured --------------------------------------------------------------------------------------------
 
@@ -322,7 +463,10 @@ class MultiTaskTrainer(Trainer):
         super().log(logs, *args, **kwargs)
         if "loss" not in logs:
             return
-        loss, seen = self._since_log
+        loss, seen = processes.summed(self._since_log).cpu().numpy()
+        self._since_log.zero_()
+        if not seen.any():  # all steps since the last line were skipped
+            return
         self._write_line(
             kind="train",
             step=self.state.global_step,
@@ -333,7 +477,6 @@ class MultiTaskTrainer(Trainer):
             seen=self.seen(),
             task_loss={t.name: float(a / n) for t, a, n in zip(self.tasks, loss, seen, strict=True) if n},
         )
-        self._since_log[:] = 0
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the validation splits; the average decides which weights are kept."""
@@ -346,7 +489,8 @@ class MultiTaskTrainer(Trainer):
         scores = {name: next(iter(values.values())) for name, values in found.items()}
         average = metrics.average(found)
         if self.state.best_metric is None or average > self.state.best_metric:
-            self._write_best(found)
+            weights, step = self._weights(), self.state.global_step
+            processes.first(lambda: self.checkpoints.write_best(step, weights, found))
         self._write_line(
             kind="evaluation",
             step=self.state.global_step,
@@ -384,60 +528,44 @@ class MultiTaskTrainer(Trainer):
 
     # --- checkpoints: safetensors and JSON ---------------------------------------------------------------------------
 
-    def _write_best(self, scores: Mapping[str, Mapping[str, float]]) -> None:
-        if not self.args.should_save:
-            return
-        with new_folder(self.best) as folder:
-            runs.save_tensors(runs.state(self.model), folder / "weights.safetensors")
-            write_json(folder / "state.json", {"step": self.state.global_step, "validation": scores})
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: processes.whole(value) for name, value in runs.state(self.model).items()}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        step = self.state.global_step
-        moments = self.optimizer.state_dict()["state"]
-        log = self.folder / "metrics.jsonl"
-        with new_folder(self.folder / "checkpoints" / f"step-{step:06d}") as folder:
-            runs.save_tensors(runs.state(self.model), folder / "weights.safetensors")
-            runs.save_tensors(
-                {f"{i}.{name}": value for i, values in moments.items() for name, value in values.items()},
-                folder / "optimizer.safetensors",
-            )
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            write_json(
-                folder / "state.json",
-                {
-                    "step": step,
-                    "log_bytes": log.stat().st_size if log.exists() else 0,
-                    "since_log": self._since_log.tolist(),
-                    "train_seconds": self.seconds(),
-                    "evaluation_seconds": self.evaluation_seconds,
-                    "settings": _fingerprint(self.settings),
-                },
-            )
-        for old in _checkpoints(self.folder)[: -self.settings.training.keep_checkpoints]:
-            shutil.rmtree(old, ignore_errors=True)
+        weights = self._weights()
+        moments = {
+            f"{i}.{name}": processes.whole(value)
+            for i, values in self.optimizer.state_dict()["state"].items()
+            for name, value in values.items()
+        }
+        state = {
+            "since_log": processes.summed(self._since_log).tolist(),
+            "skips": vars(self.skips),
+            "train_seconds": self.seconds(),
+            "evaluation_seconds": self.evaluation_seconds,
+        }
+        step, save = self.state.global_step, self.state.save_to_json
+        processes.first(lambda: self.checkpoints.write(step, weights, moments, state, save))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        kept = _read_json(
-            folder / "state.json", "settings", "log_bytes", "since_log", "train_seconds", "evaluation_seconds"
-        )
-        _read_json(folder / "trainer_state.json", "global_step")  # the Trainer reads it next
-        _check_settings(folder, kept["settings"], self.settings)
-        runs.load_state(self.model, runs.load_tensors(folder / "weights.safetensors", ONE_BEFORE), folder)
-        self._since_log = np.array(kept["since_log"])
+        kept = recovery.read_json(folder / "state.json", "since_log", "skips", "train_seconds", "evaluation_seconds")
+        runs.load_state(self.model, runs.load_tensors(folder / "weights.safetensors"), folder)
+        if processes.rank() == 0:  # it is a sum over ranks
+            self._since_log = torch.tensor(kept["since_log"]).to(self._step)
+        self.skips = Skips(**kept["skips"])
         self.train_seconds, self.evaluation_seconds = kept["train_seconds"], kept["evaluation_seconds"]
-        log = self.folder / "metrics.jsonl"
-        if log.exists():
-            os.truncate(log, min(kept["log_bytes"], log.stat().st_size))  # later lines are written again
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         found = self.optimizer.state_dict()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         found["state"] = {}
-        for name, value in runs.load_tensors(Path(checkpoint) / "optimizer.safetensors", ONE_BEFORE).items():
+        for name, value in runs.load_tensors(Path(checkpoint) / "optimizer.safetensors").items():
             i, _, key = name.partition(".")
-            found["state"].setdefault(int(i), {})[key] = value
+            cut = processes.spread(value, parameters[int(i)]) if value.dim() else value  # a number is a step count
+            found["state"].setdefault(int(i), {})[key] = cut
         self.optimizer.load_state_dict(found)
         schedule, step = self.lr_scheduler, self.state.global_step
         schedule.last_epoch, schedule._step_count = step - 1, step + 1  # (the count is for a warning only)
@@ -455,11 +583,34 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the switches for what follows this step."""
+        asked = torch.tensor(float(self.trainer.stopped), device=args.device)
+        self.trainer.stopped = bool(processes.largest(asked))  # a signal may reach the ranks at different steps
         if state.global_step == state.max_steps:
             control.should_evaluate = control.should_log = True
             self.trainer.stopped = False  # a signal now comes too late to stop anything
         elif self.trainer.stopped:
             control.should_save = control.should_training_stop = True
+
+
+@dataclass
+class Skips:
+    """The steps that were not taken, since something in them was not finite."""
+
+    steps: int = 0
+    in_a_row: int = 0
+    tasks: dict[str, int] = field(default_factory=dict)
+    """Of each task whose loss was not finite, in how many of them; in the others only the gradient was not."""
+
+    def count(self, tasks: Sequence[str]) -> None:
+        """Count one more."""
+        self.steps, self.in_a_row = self.steps + 1, self.in_a_row + 1
+        for task in tasks:
+            self.tasks[task] = self.tasks.get(task, 0) + 1
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    """The widest numbers that a device adds up."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @contextmanager
@@ -468,6 +619,8 @@ def _stop_on_signal(trainer: MultiTaskTrainer) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         trainer.stopped = True
+        if processes.count() > 1:  # the launcher passes on what the terminal has sent already, and kills in the end
+            return
         logger.warning("stopping after this step; once more to stop at once")
         for name, handler in before.items():
             signal.signal(name, handler)
@@ -487,40 +640,9 @@ def _stop_on_signal(trainer: MultiTaskTrainer) -> Iterator[None]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None."""
-    found = _checkpoints(folder)
-    return found[-1] if found else None
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _read_json(path: Path, *needed: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: can't be read ({error}); {ONE_BEFORE}") from error
-    if not isinstance(found, dict) or not found.keys() >= set(needed):
-        raise CheckpointError(f"{path}: expected {', '.join(needed)}; {ONE_BEFORE}")
-    return found
-
-
-def _check_settings(folder: Path, kept: Mapping[str, Any], settings: Settings) -> None:
-    now = _fingerprint(settings)
-    odd = sorted(name for name in now.keys() | kept.keys() if now.get(name) != kept.get(name))
-    if odd:
-        raise CheckpointError(
-            f"{folder}: written with other settings ({', '.join(odd)}); resume with those of the run's own config.yaml"
-        )
-
-
-def _fingerprint(settings: Settings) -> dict[str, Any]:
-    """What must be the same for a run to go on as if it had not stopped: `section.name` -> value."""
-    kept = flat(settings)
-    for name in ("output", "overwrite", "baselines", "data.root", "training.keep_checkpoints", "training.report_to"):
-        del kept[name]
-    return dict(json.loads(json.dumps(kept)))
+    """Return the newest checkpoint of a run, or None."""
+    paths = recovery.found(folder)
+    return paths[-1] if paths else None
 
 
 def _results(
@@ -569,6 +691,7 @@ def _results(
         "seed": settings.training.seed,
         "steps": steps,
         "best_step": best_step,
+        "skipped": {"steps": trainer.skips.steps, "tasks": trainer.skips.tasks},
         "batch_size": settings.training.batch_size,
         "tasks": tasks,
         "averages": {name: {split: values[name] for split, values in means.items()} for name in means["test"]},

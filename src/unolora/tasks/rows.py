@@ -46,6 +46,14 @@ class Rows:
         """Return N."""
         return len(self.texts)
 
+    def digest(self) -> str:
+        """Return the SHA-256 of the rows, in their order."""
+        found = hashlib.sha256(self.targets.tobytes())
+        for text in (text for texts in self.texts for text in texts):
+            data = text.encode("utf-8", "surrogatepass")
+            found.update(len(data).to_bytes(8, "little") + data)
+        return found.hexdigest()
+
     def take(self, index: Integers) -> Rows:
         """Return the rows at `index`, in that order."""
         return Rows([self.texts[row] for row in index], self.targets[index])
