@@ -40,9 +40,14 @@ ALLOWED = {
     "training": {
         "atomic", "data", "heads", "methods", "metrics", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
+    "export": {"atomic", "config", "data", "heads", "layer", "methods", "metrics", "runs", "scoring", "tasks", "text"},
+    "grow": {
+        "atomic", "data", "heads", "hypernetwork", "metrics", "report", "runs", "scoring", "settings", "tasks", "text",
+        "training",
+    },
     "cli": {
-        "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
-        "training"
+        "compare", "doctor", "export", "grow", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
+        "training",
     },
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}

@@ -188,20 +188,32 @@ def _train_method(
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a start that did not get to its first checkpoint
-    with _stop_on_signal(trainer):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if trainer.stopped:
+    best = fit(trainer, checkpoint)
+    if best is None:
         return int(trainer.state.global_step)
-    runs.load_state(model, runs.load_tensors(trainer.best / "weights.safetensors", ONE_BEFORE), trainer.best)
-    best = _read_json(trainer.best / "state.json", "step", "validation")
     found = scoring.predictions(model, splits["test"], collate, settings.scoring)
     scores = {"validation": best["validation"], "test": scoring.scored(tasks, splits["test"], found)}
     runs.save_adapter(model, settings, method, tasks, folder / "adapter")
-    results = _results(trainer, method, data, scores, best["step"], scoring.unparsed(tasks, found))
+    results = results_of(trainer, method, data, scores, best["step"], scoring.unparsed(tasks, found))
     results["parameters"]["file_bytes"] = sum(p.stat().st_size for p in (folder / "adapter").rglob("*") if p.is_file())
     write_json(folder / "results.json", results)
     shutil.rmtree(folder / "checkpoints")
     return None
+
+
+def fit(trainer: MultiTaskTrainer, checkpoint: Path | None = None) -> dict[str, Any] | None:
+    """Train to the end, from a checkpoint if one is given, and load the best weights.
+
+    Returns:
+        Their `step` and `validation` scores; None if a signal stopped the training.
+    """
+    with _stop_on_signal(trainer):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.stopped:
+        return None
+    weights = runs.load_tensors(trainer.best / "weights.safetensors", ONE_BEFORE)
+    runs.load_state(trainer.model, weights, trainer.best)
+    return _read_json(trainer.best / "state.json", "step", "validation")
 
 
 class MultiTaskTrainer(Trainer):
@@ -523,7 +535,7 @@ def _fingerprint(settings: Settings) -> dict[str, Any]:
     return dict(json.loads(json.dumps(kept)))
 
 
-def _results(
+def results_of(
     trainer: MultiTaskTrainer,
     method: str,
     data: Sequence[rows.TaskData],
@@ -566,6 +578,7 @@ def _results(
         "method": method,
         "label": label(method, settings.adapter),
         "backbone": settings.backbone,
+        "base": dict(model.method.base),
         "seed": settings.training.seed,
         "steps": steps,
         "best_step": best_step,
