@@ -15,11 +15,15 @@ COMMANDS = {
     "evaluate": "score a run on its test (or validation) splits",
     "predict": "predict texts with one task of a run; JSON lines out",
     "tasks": "list the built-in tasks, or a run's",
+    "add-task": "teach a run one more task; the others stay bit for bit as they are",
+    "remove-task": "copy a run without one of its tasks",
+    "rename-task": "copy a run with another name for one of its tasks",
+    "export": "write tasks of a run as plain PEFT LoRAs, or merged into the backbone",
     "report": "write a run's report.html again",
     "compare": "put finished runs side by side, averaged over their seeds",
     "doctor": "say what is installed, what the machine can do, and what is missing",
 }
-"""Command -> what it does; `unolora.cli` has a function of each name."""
+"""Command -> what it does; `unolora.cli` has a function of each name, with _ for -."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     from unolora.errors import InputError
 
     try:
-        return int(getattr(cli, command)(arguments[1:]))
+        return int(getattr(cli, command.replace("-", "_"))(arguments[1:]))
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -57,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _help() -> str:
-    rows = "\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
+    rows = "\n".join(f"  {name:<13}{summary}" for name, summary in COMMANDS.items())
     return (
         "usage: unolora COMMAND ...\n\nOne low-rank adapter for many tasks.\n\n"
         f"{rows}\n\n`unolora COMMAND --help` tells more; `unolora --version` prints the version.\n"

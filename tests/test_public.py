@@ -44,9 +44,14 @@ ALLOWED = {
         "atomic", "data", "heads", "lock", "methods", "metrics", "processes", "recovery", "report", "runs", "sampling",
         "scoring", "settings", "tasks"
     },
+    "export": {"atomic", "config", "data", "heads", "layer", "methods", "metrics", "runs", "scoring", "tasks", "text"},
+    "grow": {
+        "atomic", "data", "heads", "hypernetwork", "metrics", "recovery", "report", "runs", "scoring", "settings",
+        "tasks", "text", "training",
+    },
     "cli": {
-        "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
-        "training"
+        "compare", "doctor", "export", "grow", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
+        "training",
     },
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}

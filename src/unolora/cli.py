@@ -7,10 +7,10 @@ import itertools
 import json
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -19,23 +19,21 @@ from unolora import settings as run_settings
 from unolora.errors import InputError, did_you_mean
 from unolora_cli import COMMANDS
 
+if TYPE_CHECKING:
+    from unolora import training
+    from unolora.export import Exported
+    from unolora.progress import Bar
+
 
 def train(arguments: Sequence[str]) -> int:
     """Train a method, with a bar for each; print the scores and where the report is."""
     settings, root, resume = _train_settings(list(arguments))
     _quiet_libraries()
     from unolora import runs, training
-    from unolora.progress import Bar
 
-    console, bars = _console(), ExitStack()
-
-    def progress(label: str, trainer: training.MultiTaskTrainer) -> Bar:
-        bar = Bar(label, trainer, console)
-        bars.callback(bar.stop)
-        return bar
-
+    console = _console()
     try:
-        with bars:
+        with _bars(console) as progress:
             folder = training.train(settings, root=root, resume=resume, progress=progress)
     except training.Interrupted as stop:
         sys.stderr.write(f"{stop}\n")
@@ -130,6 +128,114 @@ def tasks(arguments: Sequence[str]) -> int:
         table.add_row(task.name, task.kind, answers, ", ".join(task.metrics), task.description)
     _console().print(table)
     return 0
+
+
+def add_task(arguments: Sequence[str]) -> int:
+    """Teach a run one more task; print its scores."""
+    parser = _parser("add-task")
+    parser.add_argument("--task", required=True, help="YAML file that spells one task, or the name of a built-in one")
+    parser.add_argument("--output", type=Path, required=True, help="run folder to write")
+    parser.add_argument("--start", default="nearest", help="nearest (old task), mean or scratch; default: nearest")
+    parser.add_argument("--examples", type=int, help="learn from this many training rows; default: all")
+    parser.add_argument("--steps", type=int, help="default: those of the run")
+    parser.add_argument("--learning-rate", type=float, help="default: that of the run")
+    options = parser.parse_args(arguments)
+    _quiet_libraries()
+    from unolora import grow
+
+    console = _console()
+    task, root = grow.read_task(options.task)
+    with _bars(console) as progress:
+        folder = grow.add_task(
+            options.run,
+            task,
+            options.output,
+            root=root,
+            start=options.start,
+            examples=options.examples,
+            steps=options.steps,
+            learning_rate=options.learning_rate,
+            progress=progress,
+        )
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    console.print(_scores([results]))
+    added = results["changes"][-1]
+    if added["start"]:
+        _write(f"start    {added['start']}")
+    _write(f"run      {folder}")
+    return 0
+
+
+def remove_task(arguments: Sequence[str]) -> int:
+    """Copy a run without one of its tasks."""
+    parser = _parser("remove-task")
+    parser.add_argument("--task", required=True, help="name of the task")
+    parser.add_argument("--output", type=Path, required=True, help="run folder to write")
+    options = parser.parse_args(arguments)
+    _quiet_libraries()
+    from unolora import grow
+
+    _write(f"run      {grow.remove_task(options.run, options.task, options.output)}")
+    return 0
+
+
+def rename_task(arguments: Sequence[str]) -> int:
+    """Copy a run with another name for one of its tasks."""
+    parser = _parser("rename-task")
+    parser.add_argument("--task", required=True, help="name of the task")
+    parser.add_argument("--to", required=True, metavar="NAME", help="its new name")
+    parser.add_argument("--output", type=Path, required=True, help="run folder to write")
+    options = parser.parse_args(arguments)
+    _quiet_libraries()
+    from unolora import grow
+
+    _write(f"run      {grow.rename_task(options.run, options.task, options.to, options.output)}")
+    return 0
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write tasks of a run for those who don't have `unolora`; say what that costs."""
+    parser = _parser("export")
+    parser.add_argument("--task", help="name of the task")
+    parser.add_argument("--all", action="store_true", help="every task as a plain LoRA, in one folder")
+    parser.add_argument("--format", default="peft-lora", help="peft-lora, or merged (into the backbone)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="table over whose rows a scale that depends on the sample is averaged; default: the validation rows",
+    )
+    options = parser.parse_args(arguments)
+    if (options.task is None) != options.all:
+        raise InputError("give --task NAME or --all")
+    if options.all and (options.format != "peft-lora" or options.calibration):
+        raise InputError(
+            "--all writes plain LoRAs, averaged over validation rows; leave out --format and --calibration"
+        )
+    _quiet_libraries()
+    from unolora import export as exporting
+    from unolora import runs
+
+    run = runs.load_run(options.run)
+    if options.all:
+        done = exporting.export_all(run, options.output)
+    else:
+        done = [exporting.export(run, options.task, options.output, options.format, options.calibration)]
+    for each in done:
+        _write(f"{each.task}  {each.folder}  {_cost(each)}")
+    return 0
+
+
+def _cost(done: Exported) -> str:
+    if done.scores is None:
+        return "exact"
+    metric, before = next(iter(done.scores["model"].items()))
+    after = done.scores["exported"][metric]
+    return (
+        f"mean scale over {done.calibrated_on} rows; validation {metric} {before:.4f} -> {after:.4f}, "
+        f"lost {before - after:.4f}"
+    )
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -288,6 +394,21 @@ def _console() -> Console:
             raise BrokenPipeError  # `main` knows what to do
 
     return Plain(markup=False, emoji=False, highlight=False)
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Callable[[str, training.MultiTaskTrainer], Bar]]:
+    """Give a `progress` that draws a bar for each training."""
+    from unolora.progress import Bar
+
+    with ExitStack() as bars:
+
+        def progress(label: str, trainer: training.MultiTaskTrainer) -> Bar:
+            bar = Bar(label, trainer, console)
+            bars.callback(bar.stop)
+            return bar
+
+        yield progress
 
 
 def _quiet_libraries() -> None:

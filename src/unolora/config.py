@@ -69,7 +69,7 @@ class UnoLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        self.tasks = _task_names(self.tasks)
+        self.tasks = task_names(self.tasks)
         check_adapter(self)
         if self.conditioning != "none" and not self.tasks:
             raise InputError(f"conditioning {self.conditioning!r} needs `tasks`: the names, one for each row")
@@ -168,7 +168,12 @@ def _what_is_broken(path: Path) -> str:
     return f"truncated or damaged: expected {expected} bytes, found {size}; copy it again from where it was trained"
 
 
-def _task_names(tasks: Any) -> list[str]:
+def task_names(tasks: Any) -> list[str]:
+    """Return names of tasks as a list.
+
+    Raises:
+        InputError: They are no list of names, or one of them comes twice.
+    """
     if isinstance(tasks, str) or not all(isinstance(task, str) and task for task in tasks):
         raise InputError(f"`tasks` must be a list of names, got {tasks!r}")
     names = list(tasks)

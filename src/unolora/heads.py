@@ -1,7 +1,8 @@
-"""Per-task heads on an encoder: mixed tasks in one batch, one matrix product for all of them.
+"""Per-task heads on an encoder, for mixed tasks in one batch.
 
-Each task owns one linear map on the pooled states. Their weights are laid side by side, so that the logits of every
-row for every task are one product, from which each row keeps the columns of its task.
+Each task owns one linear map on the pooled states. The logits of every row for every task are laid side by side, and
+each row keeps the columns of its task. The maps stay products of their own: in one common product, a task that comes or
+goes would change the last bits of the others.
 
 Axes: B batch, T tokens, D width, K tasks, C outputs of the widest head.
 """
@@ -68,11 +69,8 @@ class TaskHeads(nn.Module):
 
     def forward(self, pooled: Tensor, tasks: Tensor) -> Tensor:
         """Map pooled states [B, D] to logits [B, C] of each row's task; columns that it lacks are -inf."""
-        heads = self.linear.values()
-        weight = torch.cat([head.get_parameter("weight") for head in heads])  # [sum C, D]
-        bias = torch.cat([head.get_parameter("bias") for head in heads])  #     [sum C]
-        laid_out = F.linear(pooled, weight, bias).float()  #                    [B, sum C]
-        columns = self.columns[tasks]  #                                        [B, C]
+        laid_out = torch.cat([head(pooled) for head in self.linear.values()], dim=1).float()  # [B, sum C]
+        columns = self.columns[tasks]  #                                                         [B, C]
         return laid_out.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -torch.inf)
 
     def losses(self, logits: Tensor, tasks: Tensor, labels: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from unolora.checkpoint import adapter_state, check_state, naming_the_file
-from unolora.config import PEFT_TYPE, UnoLoraConfig
+from unolora.config import PEFT_TYPE, UnoLoraConfig, task_names
 from unolora.errors import InputError, unknown
 from unolora.hypernetwork import Hypernetwork, encode_sample
 from unolora.layer import UnoLoraLayer, current_scales, scaled_by
@@ -174,9 +174,7 @@ class UnoLoraModel(BaseTuner):
             scale_init=config.scale_init,
             num_positions=config.num_positions,
         )
-        # The names of the rows travel with them: the same numbers under other names would be another adapter.
-        rows = json.dumps({"tasks": config.tasks, "positions": list(layers)}).encode()
-        hypernetwork.register_buffer("rows", torch.tensor(list(rows), dtype=torch.uint8))
+        hypernetwork.register_buffer("rows", _rows(config.tasks, layers))
         weight = next(iter(layers.values())).base_layer.weight
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
         if not any(p.is_meta for p in hypernetwork.parameters()):
@@ -239,6 +237,36 @@ class UnoLoraModel(BaseTuner):
             for name, module in self.model.named_modules()
             if isinstance(module, UnoLoraLinear) and adapter_name in module.uno_A
         }
+
+    def set_tasks(self, tasks: Sequence[str], embedding: Tensor, adapter_name: str | None = None) -> None:
+        """Give an adapter other tasks: add, remove or rename rows of its task embedding. All else stays as it is.
+
+        Args:
+            tasks: Names of the rows [K].
+            embedding: The rows [K, d_e]; not looked at where `conditioning` is "none".
+            adapter_name: The adapter; the active one by default.
+
+        Raises:
+            InputError: A name comes twice, there is not one row of the right width for each, or the adapter is merged.
+        """
+        name = adapter_name or self.active_adapters[0]
+        config, names = self.peft_config[name], task_names(tasks)
+        if name in self.uno_hypernetwork:
+            hypernetwork = self.uno_hypernetwork[name]
+            old = hypernetwork.task_embedding.weight
+            if name in self.merged_tasks:
+                raise InputError(f"adapter {name!r} is merged; call unmerge_adapter() before its tasks change")
+            if not names or embedding.shape != (len(names), old.shape[1]):
+                raise InputError(
+                    f"{len(names)} tasks need an embedding [{len(names)}, {old.shape[1]}] with at least one row, got "
+                    f"{list(embedding.shape)}"
+                )
+            rows = nn.Embedding(*embedding.shape, device=old.device, dtype=old.dtype)
+            with torch.no_grad():
+                rows.weight.copy_(embedding)
+            hypernetwork.task_embedding = rows.requires_grad_(old.requires_grad)
+            hypernetwork.rows = _rows(names, self.layers(name)).to(old.device)
+        config.tasks = names
 
     # --- conditioning ------------------------------------------------------------------------------------------
 
@@ -657,6 +685,12 @@ def register() -> None:
     peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = UnoLoraModel.prefix
     if not hasattr(peft_model.load_peft_weights, "__wrapped__"):
         peft_model.load_peft_weights = naming_the_file(peft_model.load_peft_weights)
+
+
+def _rows(tasks: Sequence[str], layers: Mapping[str, nn.Module]) -> Tensor:
+    """Spell tasks and positions as bytes: the same numbers under other names would be another adapter."""
+    text = json.dumps({"tasks": list(tasks), "positions": list(layers)})
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def _check_adapter_name(name: str) -> None:

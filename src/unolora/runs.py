@@ -7,6 +7,7 @@ RUN/  config.yaml  environment.json  data.json  metrics.jsonl  results.json  rep
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -48,6 +49,8 @@ DATA = "data.json"
 
 METHOD_WEIGHTS = "method.safetensors"
 """What a method trains that neither PEFT nor the host writes."""
+FIRST_WEIGHTS = 256
+"""Numbers of each tensor of a backbone that its hash reads."""
 
 
 Model = MultiTaskModel | TextModel
@@ -123,6 +126,15 @@ def _look_up(name: str) -> _Source:
     return _Source(name, arguments, config)
 
 
+def located(name: str) -> dict[str, Any]:
+    """Return where a backbone lies, as the arguments of `from_pretrained`.
+
+    Raises:
+        InputError: It can't be found.
+    """
+    return dict(_look_up(name).arguments)
+
+
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     try:
@@ -188,6 +200,42 @@ def _load_backbone(source: _Source, answers: str) -> tuple[Any, Any]:
     return backbone.requires_grad_(False), tokenizer
 
 
+def fingerprint(backbone: Any) -> dict[str, str]:
+    """Hash what tells one backbone from another: its configuration, and the first weights of each of its tensors.
+
+    Returns:
+        `config` and `weights`, SHA-256 each. What depends on where and by which version it was loaded is left out.
+    """
+    passing = ("transformers_version", "dtype", "torch_dtype", "architectures", "quantization_config")
+    kept = {
+        name: value
+        for name, value in backbone.config.to_diff_dict().items()
+        if name not in passing and not name.startswith("_")
+    }
+    weights = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        first = tensor.detach().flatten()[:FIRST_WEIGHTS].to("cpu", torch.float32).contiguous()
+        weights.update(f"{name} {list(tensor.shape)}".encode() + first.numpy().tobytes())
+    config = json.dumps(kept, sort_keys=True, default=str)
+    return {"config": hashlib.sha256(config.encode()).hexdigest(), "weights": weights.hexdigest()}
+
+
+def _check_base(folder: Path, settings: Settings, found: Mapping[str, str]) -> None:
+    """Refuse a backbone that is not the one that a run was trained on; runs of before this was kept are let through."""
+    try:
+        kept = dict(json.loads((folder / "results.json").read_text(encoding="utf-8"))["base"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # loading a run does not need its results
+    odd = [what for what in found if kept.get(what, found[what]) != found[what]]
+    if odd:
+        what = {"config": "its configuration", "weights": "its weights"}
+        raise InputError(
+            f"{folder}: backbone {settings.backbone!r} is not the one that the run was trained on: "
+            f"{' and '.join(what[name] for name in odd)} differ; put the original back, or set `backbone` in "
+            f"{folder / 'config.yaml'} to where it is (environment.json says the versions of then)"
+        )
+
+
 def build(settings: Settings, method: str, tasks: Sequence[Task], moments: Mapping[str, Moments]) -> tuple[Model, Any]:
     """Build a method on its backbone, with fresh weights that depend on the seed only.
 
@@ -200,6 +248,7 @@ def build(settings: Settings, method: str, tasks: Sequence[Task], moments: Mappi
     source = _look_up(settings.backbone)
     answers = _form(settings, source)
     backbone, tokenizer = _load_backbone(source, answers)
+    base = fingerprint(backbone)
     torch.manual_seed(settings.training.seed)
     heads: TaskHeads | Answers
     if answers == "heads":
@@ -209,7 +258,7 @@ def build(settings: Settings, method: str, tasks: Sequence[Task], moments: Mappi
     else:
         heads = Answers(tasks, tokenizer, moments, continues=not backbone.config.is_encoder_decoder)
         longest = heads.longest()  # which also says now, not at the first evaluation, whether answers can be told apart
-    _check_length(settings, backbone, 0 if backbone.config.is_encoder_decoder else longest)
+    check_length(settings, backbone, 0 if backbone.config.is_encoder_decoder else longest)
     count = sum(parameter.numel() for parameter in backbone.parameters())
     try:
         adapted = METHODS[method](backbone, [task.name for task in tasks], settings)
@@ -217,7 +266,7 @@ def build(settings: Settings, method: str, tasks: Sequence[Task], moments: Mappi
         raise
     except (ValueError, re.error) as error:  # of PEFT, or of a `target_modules` that is no regular expression
         raise InputError(f"method {method!r} does not fit {settings.backbone!r}: {one_line(error)}") from error
-    adapted.backbone_parameters = count
+    adapted.backbone_parameters, adapted.base = count, base
     if isinstance(heads, Answers):
         return TextModel(adapted, heads), tokenizer
     return MultiTaskModel(adapted, heads), tokenizer
@@ -230,8 +279,12 @@ def encode_rows(model: Model, row: int, rows: Rows, tokenizer: Any, max_length: 
     return encode(rows, tokenizer, max_length)
 
 
-def _check_length(settings: Settings, backbone: Any, answer: int) -> None:
-    """Refuse inputs that are, with the answer behind them, longer than the backbone's table of positions."""
+def check_length(settings: Settings, backbone: Any, answer: int) -> None:
+    """Refuse inputs that are, with the answer behind them, longer than the backbone's table of positions.
+
+    Raises:
+        InputError: They are.
+    """
     limit = positions(backbone)
     if limit and settings.data.max_length + answer > limit:
         more = f", {answer} of them for the answer" if answer else ""
@@ -269,12 +322,21 @@ def _check_same(source: Path, own: Mapping[str, torch.Tensor], found: Mapping[st
         )
 
 
-def save_adapter(model: Model, settings: Settings, method: str, tasks: Sequence[Task], folder: Path) -> None:
-    """Write a trained model as `folder`, whole or not at all."""
+def save_adapter(
+    model: Model,
+    settings: Settings,
+    method: str,
+    tasks: Sequence[Task],
+    folder: Path,
+    since: Mapping[str, str] | None = None,
+) -> None:
+    """Write a trained model as `folder`, whole or not at all; `since` says when each task came, where they differ."""
     with new_folder(folder) as temporary:
         _save_method(model.method, method, temporary)
         save_tensors(model.heads.state_dict(), temporary / "heads.safetensors")
         rows = [asdict(task) | {"row": row} for row, task in enumerate(tasks)]
+        for row in rows:
+            row |= {"since": since[row["name"]]} if since else {}
         (temporary / "tasks.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(_card(settings, method, tasks), encoding="utf-8")
 
@@ -296,6 +358,7 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     tasks = read_tasks(adapter / "tasks.json")
     heads = load_tensors(adapter / "heads.safetensors")
     model, tokenizer = build(settings, settings.method, tasks, {})
+    _check_base(path, settings, model.method.base)
     try:
         model.heads.load_state_dict(heads)
     except RuntimeError as error:
@@ -388,7 +451,7 @@ def read_tasks(path: Path) -> list[Task]:
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        tasks = [Task.from_dict({k: v for k, v in row.items() if k != "row"}) for row in rows]
+        tasks = [Task.from_dict({k: v for k, v in row.items() if k not in ("row", "since")}) for row in rows]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{path}: expected the list of tasks that a run writes: {reason}") from error

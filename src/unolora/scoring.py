@@ -138,6 +138,19 @@ def evaluate(
     return scored(tasks, splits, predictions(model, splits, collate, scoring))
 
 
+def read_split(run: Run, row: int, split: str) -> Encoded:
+    """Read a split of the data that a task of a run names, cut and limited as in training.
+
+    Raises:
+        InputError: The data can't be read any more, or holds labels that the run does not know.
+    """
+    settings = run.settings.data
+    root = None if settings.root is None else Path(settings.root)
+    data = load(run.tasks[row], root=root, limit=settings.limit, evaluation_limit=settings.evaluation_limit)
+    check_data(run.folder, digests([data]), split)
+    return encode_rows(run.model, row, data.splits[split], run.tokenizer, settings.max_length)
+
+
 def evaluate_run(run: Run, split: str) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     """Score a loaded run on a split of the data that its tasks name.
 
@@ -147,15 +160,7 @@ def evaluate_run(run: Run, split: str) -> tuple[dict[str, dict[str, float]], dic
     Raises:
         InputError: The data can't be read any more, or holds labels that the run does not know.
     """
-    settings = run.settings.data
-    root = None if settings.root is None else Path(settings.root)
-    limit, fewer = settings.limit, settings.evaluation_limit
-    data = [load(task, root=root, limit=limit, evaluation_limit=fewer) for task in run.tasks]  # labels as in training
-    check_data(run.folder, digests(data), split)
-    splits = {
-        row: encode_rows(run.model, row, d.splits[split], run.tokenizer, settings.max_length)
-        for row, d in enumerate(data)
-    }
+    splits = {row: read_split(run, row, split) for row in range(len(run.tasks))}
     scores = evaluate(run.model, run.tasks, splits, Collator(run.tokenizer), run.settings.scoring)
     return scores, {task.name: len(splits[row]) for row, task in enumerate(run.tasks)}
 

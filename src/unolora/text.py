@@ -173,9 +173,9 @@ class Answers(nn.Module):
             self._trees[key] = Tree.of(answers)
         return self._trees[key]
 
-    def longest(self) -> int:
-        """Tokens of the longest answer of all tasks, the end token among them; see `tree` for what it refuses."""
-        return max(self.tree(row).longest for row in range(len(self.tasks)))
+    def longest(self, *rows: int) -> int:
+        """Tokens of the longest answer of these tasks, of all by default, the end token among them; see `tree`."""
+        return max(self.tree(row).longest for row in rows or range(len(self.tasks)))
 
     def passes(self, row: int) -> int:
         """How many rows of the decoder one row of this task takes: R."""
@@ -370,7 +370,8 @@ class TextModel(nn.Module):
             shift = (1 - attention_mask).sum(1, keepdim=True)
             index = (torch.arange(input_ids.shape[1], device=input_ids.device) - shift) % input_ids.shape[1]
             input_ids, attention_mask = input_ids.gather(1, index), attention_mask.gather(1, index)
-        longest, tokenizer = self.heads.longest(), self.heads.tokenizer
+        lengths = {row: self.heads.longest(row) for row in tasks.unique().tolist()}
+        longest, tokenizer = max(lengths.values()), self.heads.tokenizer
 
         def write(model: Any, given: dict[str, Any], at: Tensor) -> Tensor:
             out = model.generate(
@@ -385,7 +386,10 @@ class TextModel(nn.Module):
             return F.pad(out, (0, longest - out.shape[1]), value=tokenizer.pad_token_id)  # [b, longest]
 
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        texts = tokenizer.batch_decode(self.method.run(tasks, inputs, write), skip_special_tokens=True)
+        written = self.method.run(tasks, inputs, write)  #                                   [B, longest]
+        own = torch.tensor([lengths[row] for row in tasks.tolist()], device=written.device).unsqueeze(1)
+        beyond = torch.arange(longest, device=written.device) >= own  # no other task decides what this one may write
+        texts = tokenizer.batch_decode(written.masked_fill(beyond, tokenizer.pad_token_id), skip_special_tokens=True)
         values = [self.heads.read(row, text) for row, text in zip(tasks.tolist(), texts, strict=True)]
         return torch.tensor(values, dtype=torch.float64), texts
 

@@ -240,25 +240,41 @@ def _train_method(
 ) -> int | None:
     """Train one method and write its folder; if a signal stopped it, return the step."""
     tasks = [d.task for d in data]
-    identity = {"settings": recovery.fingerprint(settings), "method": method, "data": runs.digests(data)}
-    checkpoints = Checkpoints(folder, identity, settings.training.keep_checkpoints)
+    checkpoints = checkpoints_of(folder, settings, method, data)
     trainer = MultiTaskTrainer(model, settings, tasks, splits, collate, checkpoints)
     if progress is not None:
         trainer.add_callback(progress(label(method, settings.adapter), trainer))
     checkpoint = processes.first(lambda: _begin(checkpoints))
+    best = fit(trainer, checkpoint)
+    if best is None:
+        return int(trainer.state.global_step)
+    found = scoring.predictions(model, splits["test"], collate, settings.scoring)
+    scores = {"validation": best["validation"], "test": scoring.scored(tasks, splits["test"], found)}
+    results = results_of(trainer, method, data, scores, best["step"], scoring.unparsed(tasks, found))
+    processes.first(lambda: _finish(model, settings, method, tasks, checkpoints, results))
+    return None
+
+
+def checkpoints_of(folder: Path, settings: Settings, method: str, data: Sequence[rows.TaskData]) -> Checkpoints:
+    """Return the checkpoints of one method's training in a folder, and what they must go with."""
+    identity = {"settings": recovery.fingerprint(settings), "method": method, "data": runs.digests(data)}
+    return Checkpoints(folder, identity, settings.training.keep_checkpoints)
+
+
+def fit(trainer: MultiTaskTrainer, checkpoint: str | None = None) -> dict[str, Any] | None:
+    """Train to the end, from a checkpoint if one is given, and load the best weights.
+
+    Returns:
+        Their `step` and `validation` scores; None if a signal stopped the training.
+    """
     with _stop_on_signal(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped:
-        return int(trainer.state.global_step)
-    best = checkpoints.best(trainer.state.best_global_step)
+        return None
+    best = trainer.checkpoints.best(trainer.state.best_global_step)
     processes.first(lambda: recovery.check(best))
-    runs.load_state(model, runs.load_tensors(best / "weights.safetensors"), best)
-    kept = recovery.read_json(best / "state.json", "step", "validation")
-    found = scoring.predictions(model, splits["test"], collate, settings.scoring)
-    scores = {"validation": kept["validation"], "test": scoring.scored(tasks, splits["test"], found)}
-    results = _results(trainer, method, data, scores, kept["step"], scoring.unparsed(tasks, found))
-    processes.first(lambda: _finish(model, settings, method, tasks, checkpoints, results))
-    return None
+    runs.load_state(trainer.model, runs.load_tensors(best / "weights.safetensors"), best)
+    return recovery.read_json(best / "state.json", "step", "validation")
 
 
 def _begin(checkpoints: Checkpoints) -> str | None:
@@ -645,7 +661,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return paths[-1] if paths else None
 
 
-def _results(
+def results_of(
     trainer: MultiTaskTrainer,
     method: str,
     data: Sequence[rows.TaskData],
@@ -688,6 +704,7 @@ def _results(
         "method": method,
         "label": label(method, settings.adapter),
         "backbone": settings.backbone,
+        "base": dict(model.method.base),
         "seed": settings.training.seed,
         "steps": steps,
         "best_step": best_step,

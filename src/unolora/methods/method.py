@@ -5,7 +5,7 @@ Axes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,6 +26,8 @@ class Method(nn.Module):
 
     mixes = True
     """Whether one pass of the backbone takes rows of several tasks; if not, a batch is run task by task."""
+    base: Mapping[str, str] = {}
+    """Hashes of the backbone as it was loaded, see `runs.fingerprint`."""
 
     backbone_parameters = 0
     """How many parameters the backbone had before the method changed it; `runs.build` says."""

@@ -101,7 +101,9 @@ def load(
         for name, rows in splits.items():
             most = limit if name == "train" or evaluation_limit is None else evaluation_limit
             if most is not None and len(rows) > most:
-                splits[name] = rows.take(np.sort(order(len(rows), task.name, seed, "limit", name)[:most]))
+                splits[name] = rows.take(
+                    np.sort(order(len(rows), task.cut_as or task.name, seed, "limit", name)[:most])
+                )
     except InputError as error:
         raise InputError(f"task {task.name!r}: {error}") from error
     return TaskData(task, splits, dropped)
@@ -109,7 +111,7 @@ def load(
 
 def _splits(task: Task, root: Path | None, seed: int) -> tuple[Task, dict[str, Rows], int]:
     groups: Integers | None = None
-    key: tuple[object, ...] = (task.name, seed)
+    key: tuple[object, ...] = (task.cut_as or task.name, seed)
     if task.source.bundled:
         table, groups = quickstart.read(task.source.bundled)
         tables, key = {"train": table}, (task.source.bundled, 0)
@@ -143,11 +145,11 @@ def _held_out(task: Task, train: Rows, test: Rows) -> tuple[dict[str, Rows], int
     given_away = 0
     if task.source.validation_from == "train":
         given_away = min(GIVEN_AWAY, len(train) // FEWEST)
-        chosen = order(len(train), task.name, "validation")[:given_away]
+        chosen = order(len(train), task.cut_as or task.name, "validation")[:given_away]
         validation = train.take(np.sort(chosen))
         train = train.take(np.flatnonzero(~_repeats(train, validation)))
     else:
-        half = test.take(order(len(test), task.name, "validation")[: len(test) // 2])
+        half = test.take(order(len(test), task.cut_as or task.name, "validation")[: len(test) // 2])
         repeats = _repeats(test, half)  # with the rows of the other half that repeat one of this half
         validation, test = test.take(np.flatnonzero(repeats)), test.take(np.flatnonzero(~repeats))
     splits = {"train": train, "validation": validation, "test": test}

@@ -156,9 +156,11 @@ class Task:
     column after its own name, as in "mrpc sentence1: {sentence1} sentence2: {sentence2}"."""
     text_step: float | None = None
     """Regression: a text-to-text model writes the target rounded to a multiple of this, and needs it; heads do not."""
+    cut_as: str = ""
+    """The name that its rows are cut into splits by; left out, its own. A renamed task keeps its splits by this."""
 
     def __post_init__(self) -> None:
-        for key in ("name", "kind", "target", "description", "prompt"):
+        for key in ("name", "kind", "target", "description", "prompt", "cut_as"):
             if not isinstance(getattr(self, key), str):
                 raise InputError(f"task {self.name!r}: {key} must be text, not {getattr(self, key)!r}")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):

@@ -1,0 +1,522 @@
+"""Tasks that come, go or change their names after training, each time as a new run folder.
+
+    A, B, hypernetwork   frozen, so that the outputs of the tasks that stay are the same bit for bit
+    task embedding       + a row, learned           - its row         the row under another name
+    heads                + a head, learned          - its head        the head under another name
+
+A task that is added is trained alone: no other task's row or head is there to be changed, by weight decay for example.
+
+Axes: N rows, D width of the pooled states, d width of the task embedding, C outputs of a head.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+import yaml
+from torch import Tensor
+
+from unolora import metrics, recovery, runs, scoring
+from unolora.atomic import new_folder, write_json, write_text
+from unolora.data import Collator, Encoded
+from unolora.errors import InputError, unknown
+from unolora.heads import Moments, MultiTaskModel, TaskHeads
+from unolora.hypernetwork import encode_sample
+from unolora.runs import Model, Run
+from unolora.settings import Settings, to_dict
+from unolora.tasks import TASKS, Task, get
+from unolora.tasks.rows import TaskData, load, order
+from unolora.text import Answers, TextModel
+from unolora.training import MultiTaskTrainer, checkpoints_of, fit, results_of
+
+STARTS = ("nearest", "mean", "scratch")
+NEAREST_EXAMPLES = 64
+"""Rows on which the old tasks' embeddings are tried."""
+RIDGE = 1e-2
+"""Penalty of the probe that stands in for a head not yet learned, in units of the mean squared norm of a row."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a model has for one task."""
+
+    task: Task
+    vector: Tensor
+    """Row of the task embedding [d]; empty where there is none."""
+    linear: dict[str, Tensor]
+    """`weight` [C, D] and `bias` [C] of its head; empty where answers are text."""
+    buffers: dict[str, Tensor]
+    """Mean and standard deviation, or the range, of its training targets."""
+
+
+def read_task(name: str) -> tuple[Task, Path | None]:
+    """Read a task from a YAML file that spells one, or by its built-in name.
+
+    Returns:
+        The task, and the folder that its files start from.
+
+    Raises:
+        InputError: There is no such file or task, or the file makes no sense.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        if path.parent == Path() and name in TASKS:
+            return get(name), None
+        raise InputError(f"{unknown('task', name, TASKS)}; or give a YAML file that spells one")
+    found = runs.read_yaml(path, what="give a YAML file that spells one task")
+    if set(found) == {"tasks"} and isinstance(found["tasks"], list) and len(found["tasks"]) == 1:
+        found = found["tasks"][0]
+    try:
+        return Task.from_dict(found), path.parent
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def add_task(
+    folder: Path,
+    task: Task,
+    output: Path,
+    *,
+    root: Path | None = None,
+    start: str = "nearest",
+    examples: int | None = None,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    progress: Any = None,
+) -> Path:
+    """Teach a run one more task and write the whole as a new run.
+
+    Args:
+        folder: The run, of the method `unolora`.
+        task: The new task.
+        output: Run folder to write.
+        root: Folder that the task's relative files start from.
+        start: Where its row of the task embedding starts: "nearest" (the old task with the least loss on a few of its
+            examples), "mean" (of the old tasks) or "scratch" (random).
+        examples: Learn from that many training rows, as evenly over the labels as they come; all by default.
+        steps: Of its training; by default those of the run.
+        learning_rate: Of its training; by default that of the run.
+        progress: Called as progress(label, trainer); gives a Trainer callback that shows it.
+
+    Returns:
+        `output`.
+
+    Raises:
+        InputError: The task is there already, its rows can't be used, or there is nothing to learn.
+        KeyboardInterrupt: A signal stopped it; nothing was written.
+    """
+    if start not in STARTS:
+        raise unknown("start", start, STARTS)
+    if examples is not None and examples < 1:
+        raise InputError(f"`examples` must be at least 1, got {examples}")
+    settings = _settings(folder, output)
+    names = [each.name for each in runs.read_tasks(folder / "adapter" / "tasks.json")]
+    if task.name in names:
+        raise InputError(f"{folder}: task {task.name!r} is there already; give the new one another name, or remove it")
+    text = runs.form(settings) == "text"
+    if text and settings.adapter.conditioning == "none":
+        raise InputError(
+            f"{folder}: with `adapter.conditioning` none and answers of text, nothing of the model belongs to a task, "
+            "so there is nothing to learn; train a run with conditioning task or task+sample"
+        )
+    own = _shortened(settings, steps, learning_rate)
+    results = _results(folder)
+    full = _data(own, _rooted(task.as_text() if text else task, root))
+    data = _fewer(full, examples, own.training.seed)
+    run = runs.load_run(folder)
+    parts = _parts(run.model, run.tasks)
+    splits, chosen = _prepare(run, parts, own, data, start)
+    with new_folder(output) as temporary:
+        checkpoints = checkpoints_of(temporary, own, "unolora", [data])
+        trainer = MultiTaskTrainer(run.model, own, [data.task], splits, Collator(run.tokenizer), checkpoints)
+        if progress is not None:
+            trainer.add_callback(progress(f"task {task.name}", trainer))
+        best = fit(trainer)
+        if best is None:
+            raise KeyboardInterrupt
+        (temporary / "metrics.jsonl").replace(temporary / f"metrics-{task.name}.jsonl")
+        results["tasks"].append(_entry(trainer, data, best))
+        shutil.rmtree(checkpoints.folder)
+        change = {
+            "added": task.name,
+            "start": chosen,
+            "examples": len(data.splits["train"]),
+            "steps": own.training.steps,
+            "learning_rate": own.training.learning_rate,
+            "best_step": best["step"],
+        }
+        digests = runs.digests([full])
+        _write(run, [*parts, *_parts(run.model, [data.task])], output, temporary, results, change, digests)
+    return output
+
+
+def remove_task(folder: Path, name: str, output: Path) -> Path:
+    """Write a run without one of its tasks.
+
+    Raises:
+        InputError: The run has no such task, or no other.
+    """
+    _settings(folder, output)
+    run = runs.load_run(folder)
+    row = run.row(name)
+    if len(run.tasks) == 1:
+        raise InputError(f"{folder}: {name!r} is its only task; delete the folder instead")
+    parts = _parts(run.model, run.tasks)
+    results = _results(folder)
+    results["tasks"] = [entry for entry in results["tasks"] if entry["name"] != name]
+    with new_folder(output) as temporary:
+        _write(run, parts[:row] + parts[row + 1 :], output, temporary, results, {"removed": name})
+    return output
+
+
+def rename_task(folder: Path, name: str, new_name: str, output: Path) -> Path:
+    """Write a run in which one of the tasks has another name; its rows stay in the splits that they are in.
+
+    Raises:
+        InputError: The run has no such task, or the new name is taken or can't be one.
+    """
+    _settings(folder, output)
+    run = runs.load_run(folder)
+    row = run.row(name)
+    if new_name in [task.name for task in run.tasks]:
+        raise InputError(f"{folder}: task {new_name!r} is there already; choose another name")
+    old = run.tasks[row]
+    task = replace(old, name=new_name, cut_as=old.cut_as or name)
+    parts = _parts(run.model, run.tasks)
+    parts[row] = replace(parts[row], task=task)
+    results = _results(folder)
+    results["tasks"] = [e | {"name": new_name} if e["name"] == name else e for e in results["tasks"]]
+    with new_folder(output) as temporary:
+        _write(run, parts, output, temporary, results, {"renamed": name, "to": new_name})
+    return output
+
+
+# --- a model as parts ----------------------------------------------------------------------------------------------
+
+
+def _parts(model: Model, tasks: Sequence[Task]) -> list[Part]:
+    """Take a model's tasks apart; the copies share nothing with it."""
+    embedding = _embedding(model)
+    vectors = torch.zeros(len(tasks), 0) if embedding is None else embedding.weight.detach()
+    heads = model.heads.state_dict()
+    parts = []
+    for row, task in enumerate(tasks):
+        own = f"linear.task_{task.name}."
+        linear = {name.removeprefix(own): value.clone() for name, value in heads.items() if name.startswith(own)}
+        buffers = {name: value[row].clone() for name, value in heads.items() if not name.startswith("linear.")}
+        parts.append(Part(task, vectors[row].clone(), linear, buffers))
+    return parts
+
+
+def _assemble(model: Model, parts: Sequence[Part]) -> None:
+    """Give a model the tasks of these parts and no others."""
+    tuner: Any = model.method.backbone.base_model
+    tasks = [part.task for part in parts]
+    tuner.set_tasks([task.name for task in tasks], torch.stack([part.vector for part in parts]))
+    _set_heads(model, tasks, {})
+    state = {name: torch.stack([part.buffers[name] for part in parts]) for name in parts[0].buffers}
+    for part in parts:
+        state |= {f"linear.task_{part.task.name}.{name}": value for name, value in part.linear.items()}
+    model.heads.load_state_dict(state)
+
+
+def _embedding(model: Model) -> Any:
+    """Return the task embedding, or None where the scale is 1 for all."""
+    tuner: Any = model.method.backbone.base_model
+    found = list(tuner.uno_hypernetwork.values())
+    return found[0].task_embedding if found else None
+
+
+def _set_heads(model: Model, tasks: Sequence[Task], moments: Mapping[str, Moments]) -> None:
+    """Give a model fresh heads."""
+    device = next(model.method.parameters()).device
+    if isinstance(model, TextModel):
+        old = model.heads
+        model.heads = Answers(tasks, old.tokenizer, moments, continues=old.continues).to(device)
+    else:
+        (width, *_) = {value.shape[1] for name, value in model.heads.state_dict().items() if name.endswith(".weight")}
+        model.heads = TaskHeads(width, tasks, moments).to(device)
+
+
+# --- what is learned, and from what ----------------------------------------------------------------------------------
+
+
+def _shortened(settings: Settings, steps: int | None, learning_rate: float | None) -> Settings:
+    """Return a run's settings for the training of one more task."""
+    own = settings.training
+    steps = own.steps if steps is None else steps
+    training = replace(
+        own,
+        steps=steps,
+        learning_rate=own.learning_rate if learning_rate is None else learning_rate,
+        warmup_steps=min(own.warmup_steps, steps),
+        evaluate_every=min(own.evaluate_every, steps),
+        checkpoint_every=steps + 1,
+        report_to=[],
+    )
+    return replace(settings, training=training)
+
+
+def _rooted(task: Task, root: Path | None) -> Task:
+    """Write out where a task's files are: the run has another folder that relative names start from."""
+    if task.source.hub or task.source.bundled:
+        return task
+    start = (root or Path()).resolve()
+    names = {split: getattr(task.source, split) for split in ("train", "validation", "test")}
+    full = {split: str(start / Path(name).expanduser()) for split, name in names.items() if name}
+    return replace(task, source=replace(task.source, **full))
+
+
+def _data(settings: Settings, task: Task) -> TaskData:
+    """Read a task's rows, limited as those of the run."""
+    root = None if settings.data.root is None else Path(settings.data.root)
+    return load(task, root=root, limit=settings.data.limit, evaluation_limit=settings.data.evaluation_limit)
+
+
+def _fewer(data: TaskData, examples: int | None, seed: int) -> TaskData:
+    """Keep `examples` of the training rows, as evenly over the labels as they come."""
+    task, train = data.task, data.splits["train"]
+    if examples is None or examples >= len(train):
+        return data
+    drawn = order(len(train), task.name, seed, "examples")
+    turns: dict[Any, int] = {}  # label -> how many of it were drawn
+    keys = []
+    for place, row in enumerate(drawn):
+        label = train.targets[row] if task.kind == "classification" else None
+        turns[label] = turns.get(label, 0) + 1
+        keys.append((turns[label], place, row))
+    chosen = np.array(sorted(row for _, _, row in sorted(keys)[:examples]))
+    return replace(data, splits={**data.splits, "train": train.take(chosen)})
+
+
+def _prepare(
+    run: Run, parts: Sequence[Part], settings: Settings, data: TaskData, start: str
+) -> tuple[dict[str, dict[int, Encoded]], str | None]:
+    """Leave the model with the new task alone, whose row and head alone are trained.
+
+    Returns:
+        The new task's tokens, and where its row starts.
+    """
+    model, longest = run.model, 0
+    if isinstance(model, TextModel) and model.heads.continues:
+        longest = model.heads.longest()
+    part = _new_part(model, data, settings.training.seed)
+    _assemble(model, [part])
+    if isinstance(model, TextModel) and model.heads.continues:
+        runs.check_length(settings, model.method.backbone, max(longest, model.heads.longest()))
+    length, splits = settings.data.max_length, {}
+    for name, rows in data.splits.items():
+        splits[name] = {0: runs.encode_rows(model, 0, rows, run.tokenizer, length, train=name == "train")}
+    chosen = None
+    if _embedding(model) is not None:
+        vector, chosen = _start(run, part, parts, splits["train"][0], start)
+        _assemble(model, [replace(part, vector=vector)])
+    model.requires_grad_(False)
+    model.heads.requires_grad_(True)
+    if _embedding(model) is not None:
+        _embedding(model).requires_grad_(True)
+    return splits, chosen
+
+
+def _new_part(model: Model, data: TaskData, seed: int) -> Part:
+    """Make the part of a new task: a random row and head, and what is known of its training targets."""
+    torch.manual_seed(seed)
+    targets = data.splits["train"].targets
+    _set_heads(model, [data.task], {data.task.name: Moments.of(targets)} if data.task.kind == "regression" else {})
+    (part,) = _parts(model, [data.task])  # with the first task's row
+    return replace(part, vector=torch.randn_like(part.vector))  # as an `nn.Embedding` starts
+
+
+def _start(run: Run, part: Part, olds: Sequence[Part], rows: Encoded, start: str) -> tuple[Tensor, str]:
+    """Return the row [d] that a new task starts from, and how to call it."""
+    if start == "scratch":
+        return part.vector, "scratch"
+    if start == "mean":
+        return torch.stack([old.vector for old in olds]).mean(dim=0), "mean"
+    few = order(len(rows), part.task.name, "nearest")[:NEAREST_EXAMPLES].tolist()
+    losses = []
+    for old in olds:
+        _assemble(run.model, [replace(part, vector=old.vector)])
+        losses.append(_loss(run, rows, few))
+    nearest = olds[int(np.argmin(losses))]
+    return nearest.vector, f"nearest: {nearest.task.name}"
+
+
+@torch.no_grad()
+def _loss(run: Run, rows: Encoded, few: Sequence[int]) -> float:
+    """Return the loss of the model's one task on a few rows; heads count as well as any on its states could be."""
+    model, collate = run.model.eval(), Collator(run.tokenizer)
+    device = next(model.parameters()).device
+    found = []
+    for place in range(0, len(few), 16):
+        batch = collate([(0, rows, i) for i in few[place : place + 16]])
+        batch = {name: value.to(device) for name, value in batch.items()}
+        if isinstance(model, MultiTaskModel):
+            inputs = {name: value for name, value in batch.items() if name not in ("tasks", "labels")}
+            states = model.method(batch["tasks"], **inputs)  #              [b, T, D]
+            found.append(encode_sample(states, batch["attention_mask"]))  # [b, D]
+        else:
+            found.append(model(**batch)["losses"])
+    values = torch.cat(found).double().cpu()
+    if isinstance(model, TextModel):
+        return float(values.mean())
+    targets = torch.from_numpy(rows.targets[list(few)])
+    if targets.is_floating_point():
+        return leave_one_out(values, ((targets - targets.mean()) / targets.std().clamp(min=1e-9)).unsqueeze(1))
+    return leave_one_out(values, F.one_hot(targets).double())
+
+
+def leave_one_out(pooled: Tensor, targets: Tensor) -> float:
+    """Return the mean squared error of a linear map with a small penalty, each row predicted from the others.
+
+    Args:
+        pooled: [N, D].
+        targets: [N, C].
+    """
+    centred = pooled - pooled.mean(dim=0)
+    K = centred @ centred.T + 1  #                                      [N, N]; the 1 is a bias
+    penalty = RIDGE * K.diagonal().mean() * torch.eye(len(K), dtype=K.dtype)
+    H = torch.linalg.solve(K + penalty, K)  #                           what fitting does to the targets
+    errors = (targets - H @ targets) / (1 - H.diagonal()).unsqueeze(1)  # [N, C]
+    return float(errors.square().mean())
+
+
+def _entry(trainer: MultiTaskTrainer, data: TaskData, best: Mapping[str, Any]) -> dict[str, Any]:
+    """Score the new task and describe it as results.json does."""
+    test = trainer.splits["test"]
+    found = scoring.predictions(trainer.model, test, trainer.data_collator, trainer.settings.scoring)
+    scores = {"validation": best["validation"], "test": scoring.scored([data.task], test, found)}
+    unparsed = scoring.unparsed([data.task], found)
+    results = results_of(trainer, "unolora", [data], scores, best["step"], unparsed)
+    entry: dict[str, Any] = results["tasks"][0]
+    entry["sampling"]["planned"] = None  # it had no share of the first training's batches
+    return entry
+
+
+# --- run folders -----------------------------------------------------------------------------------------------------
+
+
+def _settings(folder: Path, output: Path) -> Settings:
+    """Read a run's settings; refuse what is no UnoLoRA run, and an output that would replace something."""
+    settings = runs.read_settings(folder)
+    if settings.method != "unolora":
+        raise InputError(
+            f"{folder}: its method is {settings.method!r}; only tasks of a run of 'unolora' come and go, train again"
+        )
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; choose another output")
+    if output.is_dir() and any(output.iterdir()):
+        raise InputError(f"{output} is not empty; it is not overwritten, choose another output")
+    return settings
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found["tasks"] = [entry | {"name": str(entry["name"])} for entry in found["tasks"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: expected the results of a finished run ({error}); copy it again") from error
+    return found
+
+
+def _write(
+    run: Run,
+    parts: Sequence[Part],
+    output: Path,
+    folder: Path,
+    results: dict[str, Any],
+    change: dict[str, Any],
+    digests: Mapping[str, Any] | None = None,
+) -> None:
+    """Fill a folder with a run that has these tasks."""
+    _assemble(run.model, parts)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    tasks = [part.task for part in parts]
+    names = {change["renamed"]: change["to"]} if "renamed" in change else {}
+    since = {names.get(name, name): date for name, date in _since(run).items()}
+    settings = replace(run.settings, tasks=[_spelled(task) for task in tasks], baselines=[], output=str(output))
+    runs.save_adapter(
+        run.model, settings, "unolora", tasks, folder / "adapter", {t.name: since.get(t.name, now) for t in tasks}
+    )
+    write_json(folder / "environment.json", runs.environment())
+    if (path := run.folder / runs.DATA).is_file():
+        kept = {names.get(name, name): of_splits for name, of_splits in recovery.read_json(path).items()}
+        kept |= digests or {}
+        write_json(folder / runs.DATA, {task.name: kept[task.name] for task in tasks if task.name in kept})
+    write_text(folder / "config.yaml", yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True))
+    for path in sorted(run.folder.glob("metrics*.jsonl")):
+        name = path.stem.removeprefix("metrics-")
+        to = folder / f"metrics-{names[name]}.jsonl" if name in names else folder / path.name
+        write_text(to, _renamed(path.read_text(encoding="utf-8"), names))
+    scores = {
+        split: {entry["name"]: entry["metrics"][split] for entry in results["tasks"]}
+        for split in ("validation", "test")
+    }
+    means = {split: metrics.averages(found) for split, found in scores.items()}
+    results |= {
+        "name": output.resolve().name,
+        "averages": {name: {split: means[split][name] for split in means} for name in means["test"]},
+        "parameters": _parameters(run.model, len(tasks), folder / "adapter"),
+        "changes": [*results.get("changes", []), {"date": now, "from": run.folder.resolve().name, **change}],
+    }
+    write_json(folder / "results.json", results)
+    from unolora.report import write_report
+
+    write_report(folder)
+
+
+def _since(run: Run) -> dict[str, str]:
+    """Return when each task of a run came: with the run, where nothing else is said."""
+    rows = json.loads((run.folder / "adapter" / "tasks.json").read_text(encoding="utf-8"))
+    path = run.folder / "environment.json"
+    trained = json.loads(path.read_text(encoding="utf-8")).get("date", "") if path.is_file() else ""
+    return {row["name"]: row.get("since", trained) for row in rows}
+
+
+def _spelled(task: Task) -> dict[str, Any]:
+    """Spell a task as a YAML file does, without what is empty."""
+
+    def filled(data: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in data.items() if value not in (None, "", [], {})}
+
+    found: dict[str, Any] = json.loads(json.dumps(asdict(task)))
+    return filled(found | {"source": filled(found["source"])})
+
+
+def _renamed(log: str, names: Mapping[str, str]) -> str:
+    """Give the tasks in the lines of a metrics.jsonl their new names."""
+    if not names:
+        return log
+    lines = []
+    for line in map(json.loads, log.splitlines()):
+        for key in ("seen", "task_loss", "scores", "metrics"):
+            if key in line:
+                line[key] = {names.get(name, name): value for name, value in line[key].items()}
+        lines.append(json.dumps(line) + "\n")
+    return "".join(lines)
+
+
+def _parameters(model: Model, tasks: int, adapter: Path) -> dict[str, Any]:
+    """Count parameters as `training.results_of` does."""
+    total = sum(p.numel() for p in model.parameters())
+    heads = sum(p.numel() for p in model.heads.parameters())
+    own = sum(p.numel() for name, p in model.named_parameters() if ".uno_" in name)
+    return {
+        "total": total,
+        "trainable": own + heads,
+        "adapter": own,
+        "heads": heads,
+        "trainable_percent": 100 * (own + heads) / total,
+        "per_task_percent": 100 * own / (total - heads - own) / tasks,
+        "file_bytes": sum(path.stat().st_size for path in adapter.rglob("*") if path.is_file()),
+    }
