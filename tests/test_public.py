@@ -33,6 +33,9 @@ ALLOWED = {
     "text": {"data", "heads", "methods", "metrics", "tasks"},
     "runs": {"atomic", "checkpoint", "config", "data", "heads", "methods", "settings", "tasks", "text"},
     "scoring": {"data", "metrics", "runs", "tasks", "text"},
+    "serving": {
+        "atomic", "data", "layer", "methods", "model", "runs", "scoring", "tasks", "text"
+    },
     "report": {"atomic"},
     "compare": {"runs", "settings"},
     "progress": {"training"},
