@@ -44,7 +44,7 @@ ALLOWED = {
         "atomic", "data", "heads", "methods", "metrics", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
     "cli": {
-        "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
+        "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "serving", "settings", "tasks",
         "training"
     },
 }  # fmt: skip

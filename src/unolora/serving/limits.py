@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -92,9 +93,10 @@ class Guard:
             return None
         address, keys, caller = (scope.get("client") or ("", 0))[0], self._keys(), None
         if keys is not None:
-            caller = keys.find(_bearer(headers))
+            key = _bearer(headers)
+            caller = keys.find(key)
             if caller is None:
-                if wait := self._wrong.take(address):
+                if key and (wait := self._wrong.take(address)):
                     return "key", problem(429, "wrong_keys", "too many wrong keys from this address", wait)
                 return "key", problem(401, "key", "a valid key is needed: send it as `Authorization: Bearer KEY`")
             scope.setdefault("unolora", {})["caller"] = caller.name
@@ -177,8 +179,9 @@ async def refuse(response: Response, scope: Scope, receive: Receive, send: Send)
 
 
 def _hostname(host: str) -> str:
-    """Take the port off."""
-    return host[: host.rfind("]") + 1] if host.startswith("[") else host.partition(":")[0]
+    """Take the port off; what is no host and port gives nothing."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\[\]]+)(:\d+)?", host)
+    return match[1].lower() if match else ""
 
 
 def _bearer(headers: Headers) -> str:

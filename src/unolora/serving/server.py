@@ -83,12 +83,15 @@ def serve(run: Path, settings: ServeSettings, listening: Callable[[str], None]) 
     Raises:
         InputError: The run, the keys or the certificate can't be used, or the port is taken.
     """
-    socket_ = _bind(settings)
-    port = socket_.getsockname()[1]
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"{'https' if settings.tls_cert else 'http'}://{host}:{port}"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once it has stopped
-    if settings.workers > 1:
+    with _bind(settings) as listener:
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        url = f"{'https' if settings.tls_cert else 'http'}://{host}:{listener.getsockname()[1]}"
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once it has stopped
+        if settings.workers == 1:
+            config = _config(application(load_run(run), settings), settings)
+            listening(url)
+            uvicorn.Server(config).run([listener])
+            return
         _read_keys(settings)
         load_run(run)  # so that what is wrong with it is said once, and not by each worker for ever
         with tempfile.TemporaryDirectory(prefix="unolora-serve-") as shared:
@@ -96,12 +99,7 @@ def serve(run: Path, settings: ServeSettings, listening: Callable[[str], None]) 
             os.environ[TOLD] = json.dumps({"run": str(run.resolve()), "settings": asdict(settings)})
             config = _config("unolora.serving.server:worker", settings)
             listening(url)
-            Multiprocess(config, [socket_]).run()
-        return
-    app = application(load_run(run), settings)
-    config = _config(app, settings)
-    listening(url)
-    uvicorn.Server(config).run([socket_])
+            Multiprocess(config, [listener]).run()
 
 
 def application(run: Run, settings: ServeSettings, shared: Path | None = None) -> FastAPI:
@@ -169,6 +167,7 @@ def _read_keys(settings: ServeSettings) -> Keys | None:
 
 
 def _bind(settings: ServeSettings) -> socket.socket:
+    found = None
     try:
         ((family, kind, protocol, _, address), *_) = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -177,6 +176,8 @@ def _bind(settings: ServeSettings) -> socket.socket:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
     except OSError as error:
+        if found is not None:
+            found.close()
         reason = error.strerror or error
         raise InputError(
             f"can't listen on {settings.host}:{settings.port} ({reason}); choose another --port"
