@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a method on tasks, from a YAML file and flags; writes a run folder",
     "evaluate": "score a run on its test (or validation) splits",
     "predict": "predict texts with one task of a run; JSON lines out",
+    "serve": "serve all tasks of a run over HTTP, with a page to try them",
     "tasks": "list the built-in tasks, or a run's",
     "add-task": "teach a run one more task; the others stay bit for bit as they are",
     "remove-task": "copy a run without one of its tasks",

@@ -36,6 +36,7 @@ ALLOWED = {
     "text": {"data", "heads", "methods", "metrics", "tasks"},
     "runs": {"atomic", "checkpoint", "config", "data", "heads", "methods", "processes", "settings", "tasks", "text"},
     "scoring": {"data", "metrics", "processes", "runs", "tasks", "text"},
+    "serving": {"atomic", "data", "layer", "methods", "model", "runs", "scoring", "tasks", "text"},
     "report": {"atomic"},
     "compare": {"runs", "settings"},
     "progress": {"training"},
@@ -50,8 +51,8 @@ ALLOWED = {
         "tasks", "text", "training",
     },
     "cli": {
-        "compare", "doctor", "export", "grow", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
-        "training",
+        "compare", "doctor", "export", "grow", "metrics", "progress", "report", "runs", "scoring", "serving", "settings",
+        "tasks", "training",
     },
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}

@@ -276,6 +276,37 @@ def compare(arguments: Sequence[str]) -> int:
     return 0
 
 
+def serve(arguments: Sequence[str]) -> int:
+    """Serve all tasks of a run over HTTP, or make an API key."""
+    from unolora.serving.settings import ServeSettings
+
+    parser = _Parser("serve")
+    parser.add_argument("run", type=Path, nargs="?", help="run folder")
+    ServeSettings.add_flags(parser)
+    parser.add_argument(
+        "--new-key", metavar="NAME", help="make a key, add its hash to the file of --keys, and print it"
+    )
+    parser.add_argument("--admin", action="store_true", help="with --new-key: one that may also reload the adapter")
+    options = parser.parse_args(arguments)
+    if options.new_key is not None:
+        if options.keys is None or options.run is not None:
+            raise InputError("--new-key goes with --keys FILE and without a run")
+        from unolora.serving.auth import new_key
+
+        _write(new_key(Path(options.keys), options.new_key, admin=options.admin))
+        return 0
+    if options.run is None or options.admin:
+        raise InputError("give a run folder, or --keys FILE --new-key NAME [--admin]")
+    settings = ServeSettings.from_flags(options)
+    _quiet_libraries()
+    try:
+        from unolora.serving.server import serve as listen
+    except ModuleNotFoundError as error:
+        raise InputError(f"serving needs {error.name}, which is not installed: pip install 'unolora[serve]'") from error
+    listen(options.run, settings, lambda url: _write(f"serving {options.run} on {url} (Ctrl-C stops it)"))
+    return 0
+
+
 def doctor(arguments: Sequence[str]) -> int:
     """Describe the installation and the machine."""
     parser = _Parser("doctor")

@@ -183,22 +183,65 @@ def predict_texts(
     Raises:
         InputError: The task is unknown, or a row has another number of texts than the task's template.
     """
-    row = run.row(task)
-    spec = run.tasks[row]
-    for place, texts in enumerate(inputs):
-        if len(texts) != len(spec.template):
-            takes = "one text" if len(spec.template) == 1 else "two texts"
-            raise InputError(f"input {place + 1}: task {task!r} takes {takes}, got {len(texts)}")
     if not inputs:
+        run.row(task)
         return
-    given = Rows(list(inputs), np.zeros(len(inputs)))
-    split = encode_rows(run.model, row, given, run.tokenizer, run.settings.data.max_length)
-    rows = [(row, split, i) for i in range(len(split))]
-    found, values = outputs(run.model, rows, Collator(run.tokenizer), batch_size)
-    chances = found[:, : max(1, len(spec.labels))].softmax(dim=1)
-    for value, chance in zip(values.tolist(), chances.tolist(), strict=True):
-        if spec.kind == "regression":
-            yield {"task": task, "value": value}
-        else:
-            label = spec.labels[int(value)]
-            yield {"task": task, "label": label, "probabilities": dict(zip(spec.labels, chance, strict=True))}
+    rows = text_rows(run, [(task, texts) for texts in inputs])
+    yield from predict_rows(run, rows, batch_size=batch_size)
+
+
+def predict_rows(run: Run, rows: Sequence[Row], *, batch_size: int = 64) -> list[dict[str, Any]]:
+    """Predict rows of any tasks together; of each what `predict_texts` yields.
+
+    Args:
+        run: From `load_run`.
+        rows: From `text_rows`.
+        batch_size: Rows of a forward.
+    """
+    logits, values = outputs(run.model, rows, Collator(run.tokenizer), batch_size)
+    return [answer(run.tasks[row[0]], *found) for row, *found in zip(rows, values.tolist(), logits, strict=True)]
+
+
+def text_rows(run: Run, inputs: Sequence[tuple[str, tuple[str, ...]]]) -> list[Row]:
+    """Tokenize texts of any tasks.
+
+    Args:
+        run: From `load_run`.
+        inputs: Of each row the name of its task, and one text, or two for a task on pairs.
+
+    Raises:
+        InputError: A task is unknown, a row has another number of texts than its task's template, or a text is not
+            valid Unicode.
+    """
+    places: dict[int, list[int]] = {}
+    for place, (task, texts) in enumerate(inputs):
+        row = run.row(task)
+        wanted = len(run.tasks[row].template)
+        if len(texts) != wanted:
+            takes = "one text" if wanted == 1 else "two texts"
+            raise InputError(f"input {place + 1}: task {task!r} takes {takes}, got {len(texts)}")
+        places.setdefault(row, []).append(place)
+    found: dict[int, Row] = {}
+    for row, own in places.items():
+        given = Rows([inputs[place][1] for place in own], np.zeros(len(own)))
+        split = encode_rows(run.model, row, given, run.tokenizer, run.settings.data.max_length)
+        found |= {place: (row, split, i) for i, place in enumerate(own)}
+    return [found[place] for place in range(len(inputs))]
+
+
+def answer(task: Task, value: float, logits: Tensor) -> dict[str, Any]:
+    """Spell a prediction: `task` and `label` with `probabilities`, or `task` and `value`.
+
+    Args:
+        task: The task.
+        value: Label id or number.
+        logits: Of which the task's labels come first [C].
+    """
+    if task.kind == "regression":
+        return {"task": task.name, "value": value}
+    chances = logits[: len(task.labels)].softmax(0).tolist()
+    return {
+        "task": task.name,
+        "label": task.labels[int(value)],
+        "probabilities": dict(zip(task.labels, chances, strict=True)),
+    }

@@ -359,39 +359,46 @@ class TextModel(nn.Module):
 
     # --- generation ------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, tasks: Tensor) -> tuple[Tensor, list[str]]:
         """Write the answers token by token, greedily, as the paper scores them.
 
         Returns:
             Label ids or numbers, `UNPARSED` or NaN where what was written is no answer [B], and what was written.
         """
+        lengths = torch.tensor([self.heads.longest(row) for row in tasks.tolist()], device=tasks.device)  # [B]
+        tokenizer, longest = self.heads.tokenizer, int(lengths.max())
+        tokens = self.write(input_ids, attention_mask, tasks, longest)  #                    [B, longest]
+        beyond = torch.arange(longest, device=tokens.device) >= lengths.unsqueeze(1)  # no task decides what others write
+        texts = tokenizer.batch_decode(tokens.masked_fill(beyond, tokenizer.pad_token_id), skip_special_tokens=True)
+        values = [self.heads.read(row, text) for row, text in zip(tasks.tolist(), texts, strict=True)]
+        return torch.tensor(values, dtype=torch.float64), texts
+
+    @torch.no_grad()
+    def write(self, input_ids: Tensor, attention_mask: Tensor, tasks: Tensor, max_tokens: int) -> Tensor:
+        """Write on, greedily, until the end token or `max_tokens` tokens.
+
+        Returns:
+            The tokens, padding behind the end token [B, max_tokens].
+        """
         if not self.encodes:  # a decoder goes on at the end of the tensor
             shift = (1 - attention_mask).sum(1, keepdim=True)
             index = (torch.arange(input_ids.shape[1], device=input_ids.device) - shift) % input_ids.shape[1]
             input_ids, attention_mask = input_ids.gather(1, index), attention_mask.gather(1, index)
-        lengths = {row: self.heads.longest(row) for row in tasks.unique().tolist()}
-        longest, tokenizer = max(lengths.values()), self.heads.tokenizer
+        tokenizer = self.heads.tokenizer
 
         def write(model: Any, given: dict[str, Any], at: Tensor) -> Tensor:
             out = model.generate(
                 **given,
-                max_new_tokens=longest,
+                max_new_tokens=max_tokens,
                 do_sample=False,
                 num_beams=1,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
             out = out[:, 1:] if self.encodes else out[:, given["input_ids"].shape[1] if "input_ids" in given else 0 :]
-            return F.pad(out, (0, longest - out.shape[1]), value=tokenizer.pad_token_id)  # [b, longest]
+            return F.pad(out, (0, max_tokens - out.shape[1]), value=tokenizer.pad_token_id)  # [b, max_tokens]
 
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        written = self.method.run(tasks, inputs, write)  #                                   [B, longest]
-        own = torch.tensor([lengths[row] for row in tasks.tolist()], device=written.device).unsqueeze(1)
-        beyond = torch.arange(longest, device=written.device) >= own  # no other task decides what this one may write
-        texts = tokenizer.batch_decode(written.masked_fill(beyond, tokenizer.pad_token_id), skip_special_tokens=True)
-        values = [self.heads.read(row, text) for row, text in zip(tasks.tolist(), texts, strict=True)]
-        return torch.tensor(values, dtype=torch.float64), texts
+        return self.method.run(tasks, {"input_ids": input_ids, "attention_mask": attention_mask}, write)
 
 
 def _walk(tree: Tree, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,186 @@
+"""The process, or processes, that listen: uvicorn, one worker or several, stopped gracefully."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.supervisors import Multiprocess
+
+from unolora.errors import InputError
+from unolora.runs import Run, load_run
+from unolora.serving.app import create_app
+from unolora.serving.auth import Keys
+from unolora.serving.engine import Batch, Engine
+from unolora.serving.logs import configuration
+from unolora.serving.metrics import SHARED, Metrics
+from unolora.serving.service import Service
+from unolora.serving.settings import ServeSettings
+
+TOLD = "UNOLORA_SERVE"
+"""The environment variable from which workers learn what to serve."""
+
+
+class Impatient(H11Protocol):
+    """HTTP over a connection that is closed when a request's head takes too long to come.
+
+    uvicorn's own timer runs between requests only, and a byte stops it.
+    """
+
+    _head: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Start to wait for the first head."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes in; those of a head are due."""
+        before = self.cycle
+        if self._head is None and (before is None or before.response_complete):
+            self._expect_head()
+        super().data_received(data)
+        if self.cycle is not before:
+            self._forget_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        self._head = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
+
+    def _forget_head(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+
+def serve(run: Path, settings: ServeSettings, listening: Callable[[str], None]) -> None:
+    """Serve a run until the process is told to stop; what was accepted by then is answered.
+
+    Args:
+        run: A run's folder.
+        settings: The server's.
+        listening: Called with the server's URL when the run is loaded.
+
+    Raises:
+        InputError: The run, the keys or the certificate can't be used, or the port is taken.
+    """
+    with _bind(settings) as listener:
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        url = f"{'https' if settings.tls_cert else 'http'}://{host}:{listener.getsockname()[1]}"
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once it has stopped
+        if settings.workers == 1:
+            config = _config(application(load_run(run), settings), settings)
+            listening(url)
+            uvicorn.Server(config).run([listener])
+            return
+        _read_keys(settings)
+        load_run(run)  # so that what is wrong with it is said once, and not by each worker for ever
+        with tempfile.TemporaryDirectory(prefix="unolora-serve-") as shared:
+            os.environ[SHARED] = shared
+            os.environ[TOLD] = json.dumps({"run": str(run.resolve()), "settings": asdict(settings)})
+            config = _config("unolora.serving.server:worker", settings)
+            listening(url)
+            Multiprocess(config, [listener]).run()
+
+
+def application(run: Run, settings: ServeSettings, shared: Path | None = None) -> FastAPI:
+    """Build the engine and the application around it.
+
+    Args:
+        run: From `load_run`.
+        settings: The server's.
+        shared: Folder through which workers tell each other of a reload.
+    """
+    metrics = Metrics()
+
+    def observe(batch: Batch) -> None:
+        metrics.observe(batch, engine.waiting)
+
+    engine = Engine(
+        run,
+        max_rows=settings.max_batch,
+        max_tokens=settings.max_batch_tokens,
+        max_wait=settings.max_wait_ms / 1000,
+        max_queue=settings.max_queue,
+        observe=observe,
+    )
+    return create_app(Service(engine, settings, metrics, _read_keys(settings), shared))
+
+
+def worker() -> FastAPI:
+    """Build the application of one worker among several; uvicorn calls this in each."""
+    logging.captureWarnings(True)
+    told = json.loads(os.environ[TOLD])
+    settings = ServeSettings(**{**told["settings"], "cors": tuple(told["settings"]["cors"])})
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
+    return application(load_run(told["run"]), settings, Path(os.environ[SHARED]))
+
+
+def _config(app: Any, settings: ServeSettings) -> uvicorn.Config:
+    config = uvicorn.Config(
+        app,
+        factory=isinstance(app, str),
+        http=Impatient,
+        ws="none",
+        workers=settings.workers,
+        log_config=configuration(),
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=settings.max_connections,
+        timeout_keep_alive=settings.receive_timeout,  # type: ignore[arg-type]  # seconds; fractions do no harm
+        timeout_graceful_shutdown=settings.shutdown_timeout,  # type: ignore[arg-type]
+        timeout_worker_healthcheck=30,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+    )
+    if settings.tls_cert:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key)
+        except (ssl.SSLError, OSError) as error:
+            raise InputError(f"{settings.tls_cert}: no certificate that goes with its key ({error})") from error
+    return config
+
+
+def _read_keys(settings: ServeSettings) -> Keys | None:
+    return None if settings.keys is None else Keys.read(Path(settings.keys))
+
+
+def _bind(settings: ServeSettings) -> socket.socket:
+    found = None
+    try:
+        ((family, kind, protocol, _, address), *_) = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        if found is not None:
+            found.close()
+        reason = error.strerror or error
+        raise InputError(
+            f"can't listen on {settings.host}:{settings.port} ({reason}); choose another --port"
+        ) from error
+    found.set_inheritable(True)
+    return found
