@@ -35,13 +35,14 @@ ALLOWED = {
     "scoring": {"data", "metrics", "runs", "tasks", "text"},
     "report": {"atomic"},
     "compare": {"runs", "settings"},
+    "analysis": {"atomic", "config", "data", "layer", "runs", "scoring", "tasks"},
     "progress": {"training"},
     "doctor": {"tasks"},
     "training": {
         "atomic", "data", "heads", "methods", "metrics", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
     "cli": {
-        "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
+        "analysis", "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
         "training"
     },
 }  # fmt: skip
