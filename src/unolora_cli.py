@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "write tasks of a run as plain PEFT LoRAs, or merged into the backbone",
     "report": "write a run's report.html again",
     "compare": "put finished runs side by side, averaged over their seeds",
+    "analyze": "say whether runs learned the same: subspaces of A and of B, ranks, scales",
     "doctor": "say what is installed, what the machine can do, and what is missing",
 }
 """Command -> what it does; `unolora.cli` has a function of each name, with _ for -."""

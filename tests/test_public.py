@@ -39,6 +39,7 @@ ALLOWED = {
     "serving": {"atomic", "data", "layer", "methods", "model", "runs", "scoring", "tasks", "text"},
     "report": {"atomic"},
     "compare": {"runs", "settings"},
+    "analysis": {"atomic", "config", "data", "layer", "runs", "scoring", "tasks"},
     "progress": {"training"},
     "doctor": {"tasks"},
     "training": {
@@ -51,8 +52,8 @@ ALLOWED = {
         "tasks", "text", "training",
     },
     "cli": {
-        "compare", "doctor", "export", "grow", "metrics", "progress", "report", "runs", "scoring", "serving", "settings",
-        "tasks", "training",
+        "analysis", "compare", "doctor", "export", "grow", "metrics", "progress", "report", "runs", "scoring", "serving",
+        "settings", "tasks", "training",
     },
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}

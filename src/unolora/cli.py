@@ -307,6 +307,41 @@ def serve(arguments: Sequence[str]) -> int:
     return 0
 
 
+def analyze(arguments: Sequence[str]) -> int:
+    """Print what runs have learned in common, and write the numbers."""
+    parser = _Parser("analyze")
+    parser.add_argument("run", type=Path, nargs="+", help="run folder, or RUN/baselines/METHOD")
+    parser.add_argument("--against", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare them with")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder to write; default: analysis in the first run"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=32, help="validation rows of each task for the scales, 0 for none; default: 32"
+    )
+    parser.add_argument(
+        "--ablate", action="store_true", help="also score each run without each rank, layer, the sample"
+    )
+    options = parser.parse_args(arguments)
+    if options.rows < 0:
+        raise InputError(f"--rows must be at least 0, got {options.rows}")
+    _quiet_libraries()
+    from unolora import analysis
+
+    found = analysis.analyze(options.run, options.against, rows=options.rows, ablate=options.ablate)
+    folder = options.output or options.run[0] / "analysis"
+    analysis.write(found, folder)
+    console = _console()
+    if found.comparisons:
+        console.print(_overlaps(found.comparisons))
+    console.print(_summary(found.summary))
+    if found.ablations:
+        console.print(_ablations(found.ablations))
+    for note in found.notes:
+        _write(note)
+    _write(f"numbers  {folder}")
+    return 0
+
+
 def doctor(arguments: Sequence[str]) -> int:
     """Describe the installation and the machine."""
     parser = _Parser("doctor")
@@ -415,6 +450,43 @@ def _scores(results: Sequence[dict[str, Any]]) -> Table:
     averages = [f"{found['averages']['mean_of_first_metrics']['test']:.3f}" for found in results]
     table.add_row("mean of first metrics", "", "", *averages)
     return table
+
+
+def _overlaps(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table("runs", "apart", "", "pairs", "overlap", "random (95 %)", "p random", "p layers", "above chance")
+    for row in rows:
+        apart = row["relation"] + (f", {row['seeds']} seeds" if row["seeds"] > 1 else "")
+        above = _with_half(row["above chance"], row["above chance ±"])
+        if "overlap" in row:
+            random = f"{row['random']:.4f} ({row['random low']:.4f} to {row['random high']:.4f})"
+            chances = [f"{p:.3f}" if p is not None else "\u2013" for p in (row["p (random)"], row["p (layers)"])]
+            cells = [_with_half(row["overlap"], row["overlap ±"]), random, *chances]
+        else:
+            cells = [""] * 4
+        table.add_row(row["label"], apart, row["matrix"], str(row["pairs"]), *cells, above)
+    return table
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table("method", "task", "", "mean over projections", "value", "runs")
+    for row in rows:
+        value = _with_half(row["mean"], row["±"])
+        table.add_row(row["label"], row["task"], row["matrix"], row["measure"], value, str(row["runs"]))
+    return table
+
+
+def _ablations(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table("run", "without", "task", "metric", "score", "change")
+    for row in rows:
+        numbers = (f"{row['score']:.4f}", f"{row['change']:+.4f}")
+        table.add_row(row["run"], row["without"], row["task"], row["metric"], *numbers)
+    return table
+
+
+def _with_half(mean: float, half: float | None) -> str:
+    if mean != mean:  # NaN, as of a B that is zero
+        return "\u2013"
+    return f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}")
 
 
 def _console() -> Console:

@@ -368,7 +368,7 @@ class TextModel(nn.Module):
         lengths = torch.tensor([self.heads.longest(row) for row in tasks.tolist()], device=tasks.device)  # [B]
         tokenizer, longest = self.heads.tokenizer, int(lengths.max())
         tokens = self.write(input_ids, attention_mask, tasks, longest)  #                    [B, longest]
-        beyond = torch.arange(longest, device=tokens.device) >= lengths.unsqueeze(1)  # no task decides what others write
+        beyond = torch.arange(longest, device=tokens.device) >= lengths.unsqueeze(1)  # another task's need
         texts = tokenizer.batch_decode(tokens.masked_fill(beyond, tokenizer.pad_token_id), skip_special_tokens=True)
         values = [self.heads.read(row, text) for row, text in zip(tasks.tolist(), texts, strict=True)]
         return torch.tensor(values, dtype=torch.float64), texts
