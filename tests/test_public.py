@@ -52,8 +52,8 @@ ALLOWED = {
         "tasks", "text", "training",
     },
     "cli": {
-        "analysis", "compare", "doctor", "export", "grow", "metrics", "progress", "report", "runs", "scoring", "serving",
-        "settings", "tasks", "training",
+        "analysis", "compare", "doctor", "export", "grow", "metrics", "progress", "report", "runs", "scoring",
+        "serving", "settings", "tasks", "training",
     },
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}
