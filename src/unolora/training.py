@@ -339,7 +339,6 @@ class MultiTaskTrainer(Trainer):
             disable_tqdm=True,
             report_to=t.report_to or "none",
             ddp_find_unused_parameters=not model.method.mixes,  # a rank's rows may lack a task, and so its parameters
-            ddp_broadcast_buffers=False,  # they never change
         )
         trained, validated = (TaskRows(list(splits[name].values())) for name in ("train", "validation"))
         super().__init__(model, args, data_collator=collate, train_dataset=trained, eval_dataset=validated)
@@ -463,7 +462,7 @@ class MultiTaskTrainer(Trainer):
         super().log(logs, *args, **kwargs)
         if "loss" not in logs:
             return
-        loss, seen = processes.summed(self._since_log).cpu().numpy()
+        loss, seen = np.array(processes.summed(self._since_log).tolist())
         self._since_log.zero_()
         if not seen.any():  # all steps since the last line were skipped
             return
@@ -552,7 +551,7 @@ class MultiTaskTrainer(Trainer):
         kept = recovery.read_json(folder / "state.json", "since_log", "skips", "train_seconds", "evaluation_seconds")
         runs.load_state(self.model, runs.load_tensors(folder / "weights.safetensors"), folder)
         if processes.rank() == 0:  # it is a sum over ranks
-            self._since_log = torch.tensor(kept["since_log"]).to(self._step)
+            self._since_log = torch.tensor(kept["since_log"], dtype=self._step.dtype, device=self._step.device)
         self.skips = Skips(**kept["skips"])
         self.train_seconds, self.evaluation_seconds = kept["train_seconds"], kept["evaluation_seconds"]
 
