@@ -77,7 +77,7 @@ def fsdp_on_a_processor():
 
 
 def main():
-    faulthandler.dump_traceback_later(100, exit=True)  # a rank that waits for ever says where
+    faulthandler.dump_traceback_later(40, exit=True)  # a rank that waits for ever says where
     out = Path(sys.argv[2])
     if os.environ.get("ACCELERATE_USE_FSDP"):
         fsdp_on_a_processor()
