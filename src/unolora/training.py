@@ -212,7 +212,13 @@ def _deterministic() -> Iterator[None]:
 
 def _build(settings: Settings, method: str, data: Sequence[rows.TaskData]) -> tuple[runs.Model, Any]:
     moments = {d.task.name: Moments.of(d.splits["train"].targets) for d in data if d.task.kind == "regression"}
-    return runs.build(settings, method, [d.task for d in data], moments)
+    model, tokenizer = runs.build(settings, method, [d.task for d in data], moments)
+    if not model.method.mixes and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise InputError(
+            f"method {method!r} runs a batch task by task, so ranks would ask for each other's parts of the weights "
+            "(FSDP) at different times; use DDP"
+        )
+    return model, tokenizer
 
 
 def _encode(settings: Settings, data: Sequence[rows.TaskData], model: runs.Model, tokenizer: Any) -> Splits:
@@ -257,7 +263,7 @@ def _train_method(
     found = scoring.predictions(model, splits["test"], collate, settings.scoring)
     scores = {"validation": kept["validation"], "test": scoring.scored(tasks, splits["test"], found)}
     results = _results(trainer, method, data, scores, kept["step"], scoring.unparsed(tasks, found))
-    processes.first(lambda: _finish(model, settings, method, tasks, checkpoints, results))
+    processes.first(lambda: _finish(model, settings, method, data, best, checkpoints, results))
     return None
 
 
@@ -278,13 +284,17 @@ def _finish(
     model: runs.Model,
     settings: Settings,
     method: str,
-    tasks: Sequence[Task],
+    data: Sequence[rows.TaskData],
+    best: Path,
     checkpoints: Checkpoints,
     results: dict[str, Any],
 ) -> None:
     """Write what a method leaves: its adapter, then its results, which say that it is finished."""
+    if processes.sharded(model):  # here is only a part of it
+        model = _build(settings, method, data)[0]
+        runs.load_state(model, runs.load_tensors(best / "weights.safetensors"), best)
     adapter = checkpoints.run / "adapter"
-    runs.save_adapter(model, settings, method, tasks, adapter)
+    runs.save_adapter(model, settings, method, [d.task for d in data], adapter)
     results["parameters"]["file_bytes"] = sum(p.stat().st_size for p in adapter.rglob("*") if p.is_file())
     write_json(checkpoints.run / "results.json", results)
     shutil.rmtree(checkpoints.folder)
