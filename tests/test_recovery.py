@@ -264,7 +264,7 @@ def test_tensors_of_another_shape_are_refused(stopped, tmp_path):
     for path in recovery.found(run):
         tensors = load_file(path / "weights.safetensors")
         name = next(iter(tensors))
-        save_file({**tensors, name: torch.zeros(1)}, path / "weights.safetensors")
+        save_file({**tensors, name: torch.zeros(99)}, path / "weights.safetensors")
         recovery.seal(path)
     with pytest.raises(CheckpointError, match=r"expected the .* tensors of these settings"):
         resumed(run)

@@ -84,7 +84,7 @@ def sharded(model: nn.Module) -> bool:
 
 def whole(value: Tensor) -> Tensor:
     """Return all of a tensor of which this rank may hold a part; all ranks must call it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor().clone() if isinstance(value, DTensor) else value
 
 
 def spread(value: Tensor, like: Tensor) -> Tensor:

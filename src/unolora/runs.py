@@ -295,11 +295,11 @@ def check_length(settings: Settings, backbone: Any, answer: int) -> None:
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return what training changes: trainable parameters, and the buffers of the heads."""
-    found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    heads = getattr(model, "heads", None)
-    if heads is not None:
-        found |= {f"heads.{name}": value for name, value in heads.state_dict().items()}
-    return found
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if hasattr(model, "heads"):
+        trained |= {f"heads.{name}" for name in model.heads.state_dict()}
+    every = model.state_dict()  # asked as a whole: a model in parts (FSDP2) then puts them in order first
+    return {name: value for name, value in every.items() if name in trained}
 
 
 def load_state(model: nn.Module, found: Mapping[str, torch.Tensor], source: Path) -> None:

@@ -212,7 +212,13 @@ def _deterministic() -> Iterator[None]:
 
 def _build(settings: Settings, method: str, data: Sequence[rows.TaskData]) -> tuple[runs.Model, Any]:
     moments = {d.task.name: Moments.of(d.splits["train"].targets) for d in data if d.task.kind == "regression"}
-    return runs.build(settings, method, [d.task for d in data], moments)
+    model, tokenizer = runs.build(settings, method, [d.task for d in data], moments)
+    if not model.method.mixes and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise InputError(
+            f"method {method!r} runs a batch task by task, so ranks would ask for each other's parts of the weights "
+            "(FSDP) at different times; use DDP"
+        )
+    return model, tokenizer
 
 
 def _encode(settings: Settings, data: Sequence[rows.TaskData], model: runs.Model, tokenizer: Any) -> Splits:
@@ -251,7 +257,9 @@ def _train_method(
     found = scoring.predictions(model, splits["test"], collate, settings.scoring)
     scores = {"validation": best["validation"], "test": scoring.scored(tasks, splits["test"], found)}
     results = results_of(trainer, method, data, scores, best["step"], scoring.unparsed(tasks, found))
-    processes.first(lambda: _finish(model, settings, method, tasks, checkpoints, results))
+    processes.first(
+        lambda: _finish(model, settings, method, data, checkpoints.best(best["step"]), checkpoints, results)
+    )
     return None
 
 
@@ -294,13 +302,17 @@ def _finish(
     model: runs.Model,
     settings: Settings,
     method: str,
-    tasks: Sequence[Task],
+    data: Sequence[rows.TaskData],
+    best: Path,
     checkpoints: Checkpoints,
     results: dict[str, Any],
 ) -> None:
     """Write what a method leaves: its adapter, then its results, which say that it is finished."""
+    if processes.sharded(model):  # here is only a part of it
+        model = _build(settings, method, data)[0]
+        runs.load_state(model, runs.load_tensors(best / "weights.safetensors"), best)
     adapter = checkpoints.run / "adapter"
-    runs.save_adapter(model, settings, method, tasks, adapter)
+    runs.save_adapter(model, settings, method, [d.task for d in data], adapter)
     results["parameters"]["file_bytes"] = sum(p.stat().st_size for p in adapter.rglob("*") if p.is_file())
     write_json(checkpoints.run / "results.json", results)
     shutil.rmtree(checkpoints.folder)
@@ -355,7 +367,6 @@ class MultiTaskTrainer(Trainer):
             disable_tqdm=True,
             report_to=t.report_to or "none",
             ddp_find_unused_parameters=not model.method.mixes,  # a rank's rows may lack a task, and so its parameters
-            ddp_broadcast_buffers=False,  # they never change
         )
         trained, validated = (TaskRows(list(splits[name].values())) for name in ("train", "validation"))
         super().__init__(model, args, data_collator=collate, train_dataset=trained, eval_dataset=validated)
@@ -479,7 +490,7 @@ class MultiTaskTrainer(Trainer):
         super().log(logs, *args, **kwargs)
         if "loss" not in logs:
             return
-        loss, seen = processes.summed(self._since_log).cpu().numpy()
+        loss, seen = np.array(processes.summed(self._since_log).tolist())
         self._since_log.zero_()
         if not seen.any():  # all steps since the last line were skipped
             return
@@ -568,7 +579,7 @@ class MultiTaskTrainer(Trainer):
         kept = recovery.read_json(folder / "state.json", "since_log", "skips", "train_seconds", "evaluation_seconds")
         runs.load_state(self.model, runs.load_tensors(folder / "weights.safetensors"), folder)
         if processes.rank() == 0:  # it is a sum over ranks
-            self._since_log = torch.tensor(kept["since_log"]).to(self._step)
+            self._since_log = torch.tensor(kept["since_log"], dtype=self._step.dtype, device=self._step.device)
         self.skips = Skips(**kept["skips"])
         self.train_seconds, self.evaluation_seconds = kept["train_seconds"], kept["evaluation_seconds"]
 
