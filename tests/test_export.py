@@ -18,9 +18,10 @@ import tiny
 import tiny_text
 import unolora_cli
 from conftest import FAMILIES, TASKS, apart, backbone, batch, output, scales_of, settings, wake
-from unolora import runs, scoring, training
+from unolora import onnx_graph, runs, scoring, training
 from unolora.errors import InputError
-from unolora.export import Exported, as_lora, export, export_all, mean_scale, task_scale, write_lora
+from unolora.export import Exported, as_lora, export, export_all, task_scale, write_lora
+from unolora.static_scale import _answers, _distances, _Static, distilled_scale, mean_scale
 
 WITHOUT = """
 import sys, warnings
@@ -58,6 +59,8 @@ def trained(conditioning: str, family: str = "bert") -> Path:
     for name, value in tensors.items():
         if "uno_B" in name:
             tensors[name] = torch.randn(value.shape, generator=generator) * 0.2
+        elif "bottleneck.0.weight" in name:  # random embeddings are small
+            tensors[name] = value * 10
     save_file(tensors, weights)
     run = runs.load_run(folder)
     rows = {row: scoring.read_split(run, row, "validation") for row in range(3)}
@@ -159,7 +162,14 @@ def script_of(folder: Path) -> str:
     return script
 
 
-@pytest.mark.parametrize("format", ["peft-lora", "merged"])
+OWN_FILES = {
+    "peft-lora": {"adapter_config.json", "adapter_model.safetensors"},
+    "merged": {"config.json", "model.safetensors", "tokenizer.json"},
+    "onnx": {"model.onnx", "tokenizer.json"},
+}
+
+
+@pytest.mark.parametrize("format", ["peft-lora", "merged", pytest.param("onnx", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["bert", *tiny_text.FAMILIES])
 def test_the_script_of_the_readme_predicts_as_the_run(family, format, tmp_path):
     run = runs.load_run(trained("task", family))
@@ -167,17 +177,20 @@ def test_the_script_of_the_readme_predicts_as_the_run(family, format, tmp_path):
     assert done == Exported("mood", tmp_path / "out")
     assert done.exact
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    own = {"adapter_config.json", "adapter_model.safetensors"} if format == "peft-lora" else {"config.json"}
-    assert files >= own | {"heads.safetensors", "tasks.json", "README.md"}
+    assert files >= OWN_FILES[format] | {"tasks.json", "README.md"}
+    assert ("heads.safetensors" in files) == (family == "bert" and format != "onnx")
     script = script_of(tmp_path / "out")
     assert "import unolora" not in script
     (template,) = run.tasks[0].template
     filled = [script.replace(repr(template), repr(template.format(text=text))) for (text,) in TEXTS]
     assert script not in filled
-    shown = "answer, logits.softmax(1)[0].tolist()" if family == "bert" else "answer"
+    chances = "scipy.special.softmax(out, 1)" if format == "onnx" else "logits.softmax(1)"
+    shown = f"answer, {chances}[0].tolist()" if family == "bert" else "answer"
     code = "".join(f"{each}\nfound.append([{shown}])\n" for each in filled)
     found = json.loads(
-        without_the_library(f"import json\nfound = []\n{code}\nprint(json.dumps(found))", tmp_path / "out")
+        without_the_library(
+            f"import json, scipy.special\nfound = []\n{code}\nprint(json.dumps(found))", tmp_path / "out"
+        )
     )
     if family == "bert":
         for (label, chances), wanted in zip(found, scoring.predict_texts(run, "mood", TEXTS), strict=True):
@@ -244,6 +257,72 @@ def test_a_scale_of_samples_becomes_its_mean_and_what_it_costs_is_said(family, t
     readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"mean over {len(rows)} rows" in readme
     assert f"{done.scores['exported']['matthews']:.4f}" in readme
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("task", ["topic", "heat"])
+def test_a_distilled_scale_answers_more_like_the_model(task, family):
+    run = runs.load_run(trained("task+sample", family))
+    row = run.row(task)
+    rows = scoring.read_split(run, row, "train")
+    mean = mean_scale(run, row, rows)
+    state = {name: value.clone() for name, value in run.model.state_dict().items()}
+    asked = {name: parameter.requires_grad for name, parameter in run.model.named_parameters()}
+    scale, before, after = distilled_scale(run, row, rows, mean + 0.3)
+    assert after < 0.7 * before, (before, after)
+    assert all(torch.equal(value, state[name]) for name, value in run.model.state_dict().items())
+    assert {name: parameter.requires_grad for name, parameter in run.model.named_parameters()} == asked
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    wrap = type(run.model)
+    with torch.no_grad():
+        wanted = _answers(run, run.model, row, rows, range(len(rows)))
+        student = wrap(_Static(run.model.method.backbone, scale.float()), run.model.heads).eval()
+        given = _answers(run, student, row, rows, range(len(rows)))
+    assert _distances(given, wanted).mean().item() == pytest.approx(after, rel=1e-3)
+    assert torch.equal(distilled_scale(run, row, rows, mean + 0.3)[0], scale), "it does not depend on chance"
+    _, at_mean, least = distilled_scale(run, row, rows, mean)
+    assert least <= at_mean
+
+
+def test_a_distilled_export(tmp_path):
+    run = runs.load_run(trained("task+sample"))
+    plain, done = export(run, "topic", tmp_path / "mean"), export(run, "topic", tmp_path / "out", distill=True)
+    assert done.distilled
+    assert not plain.distilled
+    assert done.scores["model"] == plain.scores["model"]
+    key = "adapter_model.safetensors"
+    one, other = load_file(tmp_path / "mean" / key), load_file(tmp_path / "out" / key)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(one[name], other[name]) for name in one if "lora_A" in name)
+    assert "trained further on the model's answers" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(InputError, match=r"distillation is for a scale that depends on the sample.*'task', whose exp"):
+        export(runs.load_run(trained("task")), "mood", tmp_path / "no", distill=True)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_a_graph_takes_any_batch_and_gives_a_regressions_number(tmp_path):
+    import onnxruntime
+
+    run = runs.load_run(trained("task"))
+    export(run, "heat", tmp_path / "heat", "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "heat" / "model.onnx", providers=["CPUExecutionProvider"])
+    rows = scoring.read_split(run, 2, "train")
+    for places in ([0], range(5), range(17)):
+        given = scoring.Collator(run.tokenizer)([(2, rows, i) for i in places])
+        (found,) = session.run(None, {each.name: given[each.name].numpy() for each in session.get_inputs()})
+        with torch.no_grad():
+            wanted = run.model(**{k: v for k, v in given.items() if k != "labels"})["answers"]
+        assert found.shape == (len(places), 1)
+        assert len(places) == 1 or wanted.std() > 0
+        assert torch.from_numpy(found[:, 0]).numpy() == pytest.approx(wanted.numpy(), abs=1e-4)
+
+
+def test_a_graph_without_the_exporters_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_graph, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(InputError, match=r"needs onnxscript, not installed here: pip install 'unolora\[onnx\]'"):
+        export(runs.load_run(trained("task")), "mood", tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
 
 
 def test_calibration_rows_of_ones_own(tmp_path):

@@ -1,6 +1,7 @@
 """Tasks that come, go and change their names, while the others stay bit for bit as they are."""
 
 import json
+import re
 import signal
 from functools import cache
 from pathlib import Path
@@ -164,6 +165,42 @@ def test_what_is_learned_is_the_row_and_the_head(tmp_path):
     assert losses[0] < 0.9 * losses[1], losses
 
 
+@pytest.mark.parametrize(
+    ("tune", "conditioning", "family"),
+    [("hypernetwork", "task+sample", "bert"), ("all", "task", "bert"), ("all", "none", "llama")],
+)
+def test_tuning_more_replays_the_old_tasks_and_says_what_that_does(tune, conditioning, family, tmp_path):
+    old = trained(conditioning, family)
+    seen = {}
+
+    def progress(_, trainer):
+        return tiny.Watch(at_end=lambda: seen.update(trainer.seen()))
+
+    path = add(old, tmp_path / "more", tune=tune, learning_rate=0.05, progress=progress)
+    assert set(seen) == {*tiny.NAMES, "tone"}
+    assert min(seen.values()) > 0, "every old task is replayed"
+    new, before, after = runs.load_run(path), tiny.results(old), tiny.results(path)
+    (change,) = after["changes"]
+    assert (change["tune"], set(change["old_tasks"])) == (tune, set(tiny.NAMES))
+    scores = scoring.evaluate_run(new, "test")[0]
+    for was, entry in zip(before["tasks"], after["tasks"][:3], strict=True):
+        metric = entry["score_metric"]
+        moved = change["old_tasks"][entry["name"]]
+        assert moved == {
+            "metric": metric, "before": was["metrics"]["test"][metric], "after": entry["metrics"]["test"][metric],
+        }  # fmt: skip
+        assert scores[entry["name"]] == pytest.approx(entry["metrics"]["test"])
+        assert entry["rows"] == was["rows"]
+    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (old, path)]
+    changed = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    pairs = {name for name in weights[0] if ".uno_A" in name or ".uno_B" in name}
+    network = {name for name in weights[0] if "uno_hypernetwork" in name}
+    assert bool(changed & network) == (conditioning != "none")
+    assert changed >= pairs if tune == "all" else not changed & pairs
+    given = batches(runs.load_run(old))
+    assert not same(outputs(runs.load_run(old), given), outputs(new, given)), "unlike with tune row"
+
+
 def test_the_new_run_is_a_run(tmp_path):
     old = trained()
     path = add(old, tmp_path / "more", examples=12)
@@ -194,8 +231,9 @@ def test_the_new_run_is_a_run(tmp_path):
     assert change["from"] == "run"
     assert (change["examples"], change["steps"], change["learning_rate"]) == (12, 3, 0.01)
     rows = json.loads((path / "adapter" / "tasks.json").read_text())
-    trained_at = json.loads((old / "environment.json").read_text())["date"]
-    assert [row["since"] for row in rows] == [trained_at] * 3 + [change["date"]]
+    came = {row["name"]: row["since"] for row in json.loads((old / "adapter" / "tasks.json").read_text())}
+    assert {row["name"]: row["since"] for row in rows} == {**came, "tone": change["date"]}
+    assert runs.read_since(path) == {**came, "tone": change["date"]}
     assert "tone" in (path / "report.html").read_text(encoding="utf-8")
     assert runs.read_settings(path).tasks[3]["source"]["train"] == str(folder() / "tone.jsonl")
     again = runs.load_run(add(path, tmp_path / "again", WARMTH))
@@ -338,6 +376,8 @@ def test_tasks_that_cannot_come_or_go(tmp_path):
     for call, message in (
         (lambda: add(run, out, {**TONE, "name": "mood"}), "task 'mood' is there already"),
         (lambda: add(run, out, start="neares"), "unknown start 'neares'; did you mean 'nearest'"),
+        (lambda: add(run, out, tune="hypernet"), "unknown tune 'hypernet'; did you mean 'hypernetwork'"),
+        (lambda: add(trained("none"), out, tune="hypernetwork"), "there is no hypernetwork; tune row or all"),
         (lambda: add(run, out, examples=0), "`examples` must be at least 1, got 0"),
         (lambda: add(run, out, steps=0), r"`training\.steps` must be at least 1, got 0"),
         (lambda: add(run, out, learning_rate=-1.0), r"`training\.learning_rate` must be a number above 0"),
@@ -400,6 +440,14 @@ def test_the_commands(tmp_path, capsys):
     assert "tone" in out
     assert "start    nearest: " in out
     assert first in out
+    assert unolora_cli.main(["tasks", first]) == 0
+    out = capsys.readouterr().out
+    assert "since" in out
+    assert json.loads((tmp_path / "first" / "adapter" / "tasks.json").read_text())[3]["since"][:10] in out
+    more = [*added, "--tune", "all"]
+    more[more.index(first)] = str(tmp_path / "tuned")
+    assert unolora_cli.main(more) == 0
+    assert re.search(r"mood .* matthews .* [+-]\d\.\d{4}", capsys.readouterr().out)
     assert unolora_cli.main(["rename-task", first, "--task", "tone", "--to", "spirit", "--output", second]) == 0
     assert unolora_cli.main(["remove-task", second, "--task", "mood", "--output", third]) == 0
     assert [task.name for task in runs.load_run(third).tasks] == ["topic", "heat", "spirit"]

@@ -46,7 +46,13 @@ ALLOWED = {
         "atomic", "data", "heads", "lock", "methods", "metrics", "processes", "recovery", "report", "runs", "sampling",
         "scoring", "settings", "tasks"
     },
-    "export": {"atomic", "config", "data", "heads", "layer", "methods", "metrics", "runs", "scoring", "tasks", "text"},
+    "static_scale": {"data", "heads", "layer", "methods", "runs", "text"},
+    "onnx_graph": {"hypernetwork"},
+    "howto": {"runs", "tasks", "text"},
+    "export": {
+        "atomic", "config", "data", "heads", "howto", "methods", "metrics", "onnx_graph", "runs", "scoring",
+        "static_scale", "tasks", "text",
+    },
     "grow": {
         "atomic", "data", "heads", "hypernetwork", "metrics", "recovery", "report", "runs", "scoring", "settings",
         "tasks", "text", "training",

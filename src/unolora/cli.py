@@ -117,15 +117,19 @@ def tasks(arguments: Sequence[str]) -> int:
     parser = _Parser("tasks")
     parser.add_argument("run", type=Path, nargs="?", help="run folder; the built-in tasks without one")
     options = parser.parse_args(arguments)
-    from unolora.runs import read_tasks
+    from unolora.runs import read_since, read_tasks
     from unolora.tasks import TASKS
 
     found = read_tasks(options.run / "adapter" / "tasks.json") if options.run else list(TASKS.values())
+    came = read_since(options.run) if options.run else {}
     title = f"tasks of {options.run}" if options.run else "built-in tasks"
     table = Table("task", "kind", "answers", "metrics", "what it is", title=title, show_lines=True)
+    if came:
+        table.add_column("since")
     for task in found:
         answers = ", ".join(task.labels) or ("a number" if task.kind == "regression" else "as found")
-        table.add_row(task.name, task.kind, answers, ", ".join(task.metrics), task.description)
+        row = [task.name, task.kind, answers, ", ".join(task.metrics), task.description]
+        table.add_row(*row, *([came[task.name][:10]] if came else []))
     _console().print(table)
     return 0
 
@@ -136,6 +140,11 @@ def add_task(arguments: Sequence[str]) -> int:
     parser.add_argument("--task", required=True, help="YAML file that spells one task, or the name of a built-in one")
     parser.add_argument("--output", type=Path, required=True, help="run folder to write")
     parser.add_argument("--start", default="nearest", help="nearest (old task), mean or scratch; default: nearest")
+    parser.add_argument(
+        "--tune",
+        default="row",
+        help="row (old tasks stay as they are), hypernetwork or all, with replay of the old tasks' rows; default: row",
+    )
     parser.add_argument("--examples", type=int, help="learn from this many training rows; default: all")
     parser.add_argument("--steps", type=int, help="default: those of the run")
     parser.add_argument("--learning-rate", type=float, help="default: that of the run")
@@ -152,6 +161,7 @@ def add_task(arguments: Sequence[str]) -> int:
             options.output,
             root=root,
             start=options.start,
+            tune=options.tune,
             examples=options.examples,
             steps=options.steps,
             learning_rate=options.learning_rate,
@@ -160,6 +170,8 @@ def add_task(arguments: Sequence[str]) -> int:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     console.print(_scores([results]))
     added = results["changes"][-1]
+    if "old_tasks" in added:
+        console.print(_moved(added["old_tasks"]))
     if added["start"]:
         _write(f"start    {added['start']}")
     _write(f"run      {folder}")
@@ -198,7 +210,7 @@ def export(arguments: Sequence[str]) -> int:
     parser = _parser("export")
     parser.add_argument("--task", help="name of the task")
     parser.add_argument("--all", action="store_true", help="every task as a plain LoRA, in one folder")
-    parser.add_argument("--format", default="peft-lora", help="peft-lora, or merged (into the backbone)")
+    parser.add_argument("--format", default="peft-lora", help="peft-lora, merged (into the backbone) or onnx")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--calibration",
@@ -206,6 +218,7 @@ def export(arguments: Sequence[str]) -> int:
         metavar="FILE",
         help="table over whose rows a scale that depends on the sample is averaged; default: the validation rows",
     )
+    parser.add_argument("--distill", action="store_true", help="train that average on the model's own answers")
     options = parser.parse_args(arguments)
     if (options.task is None) != options.all:
         raise InputError("give --task NAME or --all")
@@ -219,9 +232,11 @@ def export(arguments: Sequence[str]) -> int:
 
     run = runs.load_run(options.run)
     if options.all:
-        done = exporting.export_all(run, options.output)
+        done = exporting.export_all(run, options.output, options.distill)
     else:
-        done = [exporting.export(run, options.task, options.output, options.format, options.calibration)]
+        done = [
+            exporting.export(run, options.task, options.output, options.format, options.calibration, options.distill)
+        ]
     for each in done:
         _write(f"{each.task}  {each.folder}  {_cost(each)}")
     return 0
@@ -232,8 +247,9 @@ def _cost(done: Exported) -> str:
         return "exact"
     metric, before = next(iter(done.scores["model"].items()))
     after = done.scores["exported"][metric]
+    how = "distilled" if done.distilled else "mean"
     return (
-        f"mean scale over {done.calibrated_on} rows; validation {metric} {before:.4f} -> {after:.4f}, "
+        f"{how} scale over {done.calibrated_on} rows; validation {metric} {before:.4f} -> {after:.4f}, "
         f"lost {before - after:.4f}"
     )
 
@@ -487,6 +503,14 @@ def _with_half(mean: float, half: float | None) -> str:
     if mean != mean:  # NaN, as of a B that is zero
         return "\u2013"
     return f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+
+def _moved(old_tasks: dict[str, dict[str, Any]]) -> Table:
+    table = Table("old task, test split", "score", "before", "after", "change")
+    for name, found in old_tasks.items():
+        before, after = found["before"], found["after"]
+        table.add_row(name, found["metric"], f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+    return table
 
 
 def _console() -> Console:

@@ -1,18 +1,18 @@
-"""One task of a run as files that need no `unolora`: a plain PEFT LoRA, or the backbone with the task merged in.
+"""One task of a run as files that need no `unolora`: a plain PEFT LoRA, the backbone with the task merged in, or ONNX.
 
     (alpha / r) B diag(s) A  =  (alpha / r) B' A          B' = B diag(s)
 
 Where s depends on the task alone, or is 1, this is exact. Where it depends on the sample as well, no B' can stand for
-all samples: the mean scale over calibration rows is exported, and what that costs is measured.
+all samples: the mean scale over calibration rows is exported, or one distilled from there, and what that costs is
+measured.
 
-Axes: B batch, P positions, R rank.
+Axes: P positions, R rank.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,24 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from unolora import metrics, runs, scoring
-from unolora.atomic import new_folder
+from unolora import howto, metrics, onnx_graph, runs, scoring
+from unolora.atomic import new_folder, write_json, write_text
 from unolora.config import WEIGHTS_NAME
 from unolora.data import Collator, Encoded
 from unolora.errors import InputError, unknown
 from unolora.heads import MultiTaskModel
-from unolora.layer import current_scales
 from unolora.methods.method import Method
 from unolora.runs import Run
+from unolora.static_scale import ADAPTER, distilled_scale, mean_scale
 from unolora.tasks import Task
 from unolora.tasks.files import read_file
 from unolora.tasks.rows import Rows, fill
-from unolora.text import CUE, TextModel
+from unolora.text import TextModel
 
-FORMATS = ("peft-lora", "merged")
-ADAPTER = "default"
+FORMATS = ("peft-lora", "merged", "onnx")
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,8 @@ class Exported:
     folder: Path
     calibrated_on: int = 0
     """Rows that the exported scale is the mean of; 0 where the export is exact."""
+    distilled: bool = False
+    """Whether that scale was then trained on the model's answers to those rows."""
     scores: dict[str, dict[str, float]] | None = None
     """Where it is not exact: `model` and `exported`, the task's metrics on its validation rows."""
 
@@ -58,42 +59,50 @@ class Exported:
         return self.calibrated_on == 0
 
 
-def export(run: Run, task: str, folder: Path, format: str = "peft-lora", calibration: Path | None = None) -> Exported:
+def export(
+    run: Run,
+    task: str,
+    folder: Path,
+    format: str = "peft-lora",
+    calibration: Path | None = None,
+    distill: bool = False,
+) -> Exported:
     """Write one task as a folder, whole or not at all.
 
     Args:
         run: A run of the method `unolora`.
         task: The task's name.
-        folder: What to write: PEFT's adapter files or the host's, `heads.safetensors`, `tasks.json`, README.md.
-        format: "peft-lora", or "merged": the backbone with the task in its weights.
+        folder: What to write: PEFT's adapter files, the host's or model.onnx; `heads.safetensors`, `tasks.json`,
+            README.md with a script that predicts.
+        format: "peft-lora"; "merged", the backbone with the task in its weights; "onnx", the same as a graph.
         calibration: Table (.jsonl .csv .tsv .parquet) with the columns of the task's template, over whose rows a scale
             that depends on the sample is averaged; by default the validation rows of the task.
+        distill: Train that average further, on the model's own answers to those rows.
 
     Raises:
         InputError: The task or the format is not known, the run is another method's, the folder holds something, or the
             calibration rows can't be read.
     """
-    _check(run, format, folder)
+    _check(run, format, folder, distill)
     row = run.row(task)
     with new_folder(folder) as temporary:
-        done = _write(run, row, temporary, format, calibration)
-    return Exported(task, folder, *done)
+        return replace(_write(run, row, temporary, format, calibration, distill), folder=folder)
 
 
-def export_all(run: Run, folder: Path) -> list[Exported]:
+def export_all(run: Run, folder: Path, distill: bool = False) -> list[Exported]:
     """Write every task of a run as a plain PEFT LoRA, FOLDER/TASK/, with a README that says how servers take them.
 
     Raises:
         InputError: The run is another method's, or the folder holds something.
     """
-    _check(run, "peft-lora", folder)
+    _check(run, "peft-lora", folder, distill)
     with new_folder(folder) as temporary:
         done = []
         for row, task in enumerate(run.tasks):
             (temporary / task.name).mkdir()
-            done.append(_write(run, row, temporary / task.name, "peft-lora", None))
-        (temporary / "README.md").write_text(_readme_of_all(run), encoding="utf-8")
-    return [Exported(task.name, folder / task.name, *each) for task, each in zip(run.tasks, done, strict=True)]
+            done.append(_write(run, row, temporary / task.name, "peft-lora", None, distill))
+        write_text(temporary / "README.md", howto.readme_of_all(run))
+    return [replace(each, folder=folder / each.task) for each in done]
 
 
 def task_scale(model: Any, task: str, adapter_name: str = ADAPTER) -> Tensor | None:
@@ -169,7 +178,7 @@ def _targets(backbone: Any, names: Sequence[str]) -> list[str]:
     return sorted(names) if others else ends
 
 
-def _check(run: Run, format: str, folder: Path) -> None:
+def _check(run: Run, format: str, folder: Path, distill: bool) -> None:
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
     if run.settings.method != "unolora":
@@ -177,59 +186,71 @@ def _check(run: Run, format: str, folder: Path) -> None:
             f"{run.folder}: its method is {run.settings.method!r}; export takes runs of 'unolora', the others' own "
             "files are in adapter/"
         )
+    if format == "onnx":
+        onnx_graph.check_installed()
+    if distill:
+        _check_sampled(run, "distillation is")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; it is not overwritten, choose another folder")
 
 
-def _write(
-    run: Run, row: int, folder: Path, format: str, calibration: Path | None
-) -> tuple[int, dict[str, dict[str, float]] | None]:
-    """Fill a folder; return what `Exported` says of it beyond task and folder."""
-    task, adapted = run.tasks[row], run.model.method.backbone
-    sampled = run.settings.adapter.conditioning == "task+sample"
-    if calibration is not None and not sampled:
+def _check_sampled(run: Run, what: str) -> None:
+    conditioning = run.settings.adapter.conditioning
+    if conditioning != "task+sample":
         raise InputError(
-            "calibration rows are for a scale that depends on the sample; this run's "
-            f"`adapter.conditioning` is {run.settings.adapter.conditioning!r}, whose export is exact: leave them out"
+            f"{what} for a scale that depends on the sample; this run's `adapter.conditioning` is {conditioning!r}, "
+            "whose export is exact: leave it out"
         )
-    count, scores = 0, None
-    if sampled:
+
+
+def _write(run: Run, row: int, folder: Path, format: str, calibration: Path | None, distill: bool) -> Exported:
+    """Fill a folder."""
+    task, adapted = run.tasks[row], run.model.method.backbone
+    done = Exported(task.name, folder)
+    if calibration is not None:
+        _check_sampled(run, "calibration rows are")
+    if run.settings.adapter.conditioning == "task+sample":
         validation = scoring.read_split(run, row, "validation")
         rows = validation if calibration is None else _read(run, row, calibration)
-        count, scale = len(rows), mean_scale(run, row, rows)
+        scale = mean_scale(run, row, rows)
+        if distill:
+            scale = distilled_scale(run, row, rows, scale)[0]
         lora, tensors = as_lora(adapted, scale)
         scores = {
             "model": _score(run, run.model, row, validation),
             "exported": _score(run, _plain(run, lora, tensors), row, validation),
         }
+        done = replace(done, calibrated_on=len(rows), distilled=distill, scores=scores)
     else:
         lora, tensors = as_lora(adapted, task_scale(adapted, task.name))
     if format == "peft-lora":
         write_lora(lora, tensors, folder)
     else:
-        _save_merged(run, lora, tensors, folder)
+        merged = _merged(run, lora, tensors)
+        if format == "onnx":
+            _save_graph(run, row, merged, folder)
+        else:
+            merged.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
-    runs.save_tensors(_head(run, row), folder / "heads.safetensors")
-    (folder / "tasks.json").write_text(json.dumps([asdict(task) | {"row": 0}], indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(run, task, format, count, scores), encoding="utf-8")
-    return count, scores
+    if format != "onnx" and isinstance(run.model, MultiTaskModel):
+        runs.save_tensors(_head(run, row), folder / "heads.safetensors")
+    write_json(folder / "tasks.json", [asdict(task) | {"row": 0}])
+    write_text(folder / "README.md", howto.readme(run, task, format, _exactness(done, task)))
+    return done
 
 
-@torch.no_grad()
-def mean_scale(run: Run, row: int, rows: Encoded, batch_size: int = 64) -> Tensor:
-    """Average the scale of a task over rows, [P, R]."""
-    collate, device = Collator(run.tokenizer), next(run.model.parameters()).device
-    found = []
-    for start in range(0, len(rows), batch_size):
-        batch = collate([(row, rows, i) for i in range(start, min(start + batch_size, len(rows)))])
-        inputs = {k: v.to(device) for k, v in batch.items() if k not in ("labels", "answers", "tasks")}
-        with run.model.method.condition(batch["tasks"].to(device), inputs):
-            scales = current_scales()
-            assert scales is not None
-            found.append(scales[ADAPTER].double())  # [B, P, R]
-    return torch.cat(found).mean(dim=0)
+def _exactness(done: Exported, task: Task) -> str:
+    if done.scores is None:
+        return "It computes what the run's model does, up to rounding."
+    metric = task.metrics[0]
+    more = ", trained further on the model's answers to them" if done.distilled else ""
+    return (
+        f"The run's scale depends on the sample; this has its mean over {done.calibrated_on} rows{more}. On the "
+        f"validation rows the run's model has a {metric} of {done.scores['model'][metric]:.4f}, this "
+        f"{done.scores['exported'][metric]:.4f}."
+    )
 
 
 def _read(run: Run, row: int, path: Path) -> Encoded:
@@ -264,8 +285,8 @@ def _plain(run: Run, lora: LoraConfig, tensors: dict[str, Tensor]) -> runs.Model
     return model.to(next(run.model.parameters()).device).eval()
 
 
-def _save_merged(run: Run, lora: LoraConfig, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Merge and let the host write it; a file such as GGUF's was unpacked as it was read, and so it is written."""
+def _merged(run: Run, lora: LoraConfig, tensors: dict[str, Tensor]) -> Any:
+    """Merge into the backbone's weights; a file such as GGUF's was unpacked as it was read, and so it is written."""
     merged = _with_lora(run, lora, tensors).merge_and_unload()
     if getattr(merged, "hf_quantizer", None) is not None:
         if not all(parameter.is_floating_point() for parameter in merged.parameters()):
@@ -275,7 +296,25 @@ def _save_merged(run: Run, lora: LoraConfig, tensors: dict[str, Tensor], folder:
         merged.hf_quantizer = None
         if hasattr(merged.config, "quantization_config"):
             del merged.config.quantization_config
-    merged.save_pretrained(folder)
+    return merged
+
+
+def _save_graph(run: Run, row: int, merged: Any, folder: Path) -> None:
+    ids = torch.tensor([[1, 1, 1], [1, 1, 1]])
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model: nn.Module
+    if isinstance(run.model, TextModel):
+        model = onnx_graph.Logits(merged)
+        if run.model.encodes:
+            example["decoder_input_ids"] = ids[:, :2]
+    else:
+        head, own = _head(run, row), f"linear.task_{run.tasks[row].name}."
+        regression = run.tasks[row].kind == "regression"
+        moments = (head["mean"], head["std"]) if regression else ()
+        model = onnx_graph.WithHead(merged, head[f"{own}weight"], head[f"{own}bias"], *moments)
+        if "token_type_ids" in run.tokenizer("a", "b"):
+            example["token_type_ids"] = torch.zeros_like(ids)
+    onnx_graph.write_onnx(model, example, folder / "model.onnx")
 
 
 def _head(run: Run, row: int) -> dict[str, Tensor]:
@@ -288,143 +327,3 @@ def _head(run: Run, row: int) -> dict[str, Tensor]:
         elif not name.startswith("linear."):
             found[name] = value[row : row + 1]
     return found
-
-
-# --- how to use what was written -----------------------------------------------------------------------------------
-
-CLASSES = {"heads": "AutoModel", "decoder": "AutoModelForCausalLM", "encoder-decoder": "AutoModelForSeq2SeqLM"}
-
-
-def _kind(run: Run) -> str:
-    if not isinstance(run.model, TextModel):
-        return "heads"
-    return "encoder-decoder" if run.model.encodes else "decoder"
-
-
-def _base(run: Run) -> str:
-    """Spell the arguments with which `from_pretrained` finds the backbone."""
-    found = runs.located(run.settings.backbone)
-    path = found.pop("pretrained_model_name_or_path")
-    return ", ".join([repr(path), *(f"{name}={value!r}" for name, value in found.items())])
-
-
-def _readme(run: Run, task: Task, format: str, count: int, scores: dict[str, dict[str, float]] | None) -> str:
-    what = "a plain PEFT LoRA" if format == "peft-lora" else "the backbone with this task merged in"
-    exact = "It computes what the run's model does, up to rounding."
-    if scores is not None:
-        metric = task.metrics[0]
-        exact = (
-            f"The run's scale depends on the sample; this has its mean over {count} rows. On the validation rows the "
-            f"run's model has a {metric} of {scores['model'][metric]:.4f}, this {scores['exported'][metric]:.4f}."
-        )
-    return (
-        f"# {task.name}, {what}\n\nMade from a run of `unolora`, which is not needed to use it. {exact}\n"
-        f"`tasks.json` says what the task is; `heads.safetensors` holds {_head_is(run)}.\n\n"
-        f"```python\n{_script(run, task, format)}```\n"
-    )
-
-
-def _head_is(run: Run) -> str:
-    if _kind(run) != "heads":
-        return "the range of a regression's answers"
-    return "its head: a linear map on the mean of the last states"
-
-
-def _script(run: Run, task: Task, format: str) -> str:
-    """Spell a Python script that predicts with an export of one task, from inside its folder."""
-    kind = _kind(run)
-    auto = CLASSES[kind]
-    base = _base(run) if format == "peft-lora" else '"."'
-    lines = ["import torch"]
-    lines += ["from peft import PeftModel"] if format == "peft-lora" else []
-    lines += ["from safetensors.torch import load_file"] if kind == "heads" else []
-    lines += [f"from transformers import {auto}, AutoTokenizer", ""]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained({base})", f"model = {auto}.from_pretrained({base})"]
-    lines += ['model = PeftModel.from_pretrained(model, ".")'] if format == "peft-lora" else []
-    lines += ["model.eval()", *_prediction(run, task, kind)]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _prediction(run: Run, task: Task, kind: str) -> list[str]:
-    texts = ", ".join(repr(text) for text in task.template)
-    length = run.settings.data.max_length
-    lines = [f"texts = [{texts}]  # with the columns in braces filled in"]
-    if kind == "heads":
-        head = f"linear.task_{task.name}"
-        answer = (
-            f"answer = {list(task.labels)!r}[logits.argmax()]"
-            if task.kind == "classification"
-            else 'answer = float(logits[0, 0] * head["std"][0] + head["mean"][0])'
-        )
-        return [
-            *lines,
-            'head = load_file("heads.safetensors")',
-            f'batch = tokenizer(*texts, truncation=True, max_length={length}, return_tensors="pt")',
-            "with torch.no_grad():",
-            "    states = model(**batch).last_hidden_state  # [1, T, D]",
-            f'logits = states.mean(dim=1) @ head["{head}.weight"].T + head["{head}.bias"]  # without padding',
-            answer,
-        ]
-    if kind == "decoder":
-        lines += [
-            f'cue = tokenizer({CUE!r}, add_special_tokens=False)["input_ids"]',
-            f'ids = tokenizer(texts[0], truncation=True, max_length={length} - len(cue))["input_ids"]',
-            "ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids",
-            "ids = torch.tensor([[*ids, *cue]])",
-        ]
-        start = "ids.shape[1]"
-    else:
-        lines += [f'ids = tokenizer(texts[0], truncation=True, max_length={length}, return_tensors="pt").input_ids']
-        start = "1"
-    assert isinstance(run.model, TextModel)
-    row = run.row(task.name)
-    return [
-        *lines,
-        "with torch.no_grad():",
-        "    out = model.generate(",
-        f"        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens={run.model.heads.longest(row)},",
-        "        do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,",
-        "    )",
-        f"answer = tokenizer.decode(out[0, {start}:], skip_special_tokens=True).strip()",
-    ]
-
-
-def _readme_of_all(run: Run) -> str:
-    names, auto, r = [task.name for task in run.tasks], CLASSES[_kind(run)], run.settings.adapter.r
-    path = runs.located(run.settings.backbone)["pretrained_model_name_or_path"]
-    first, last = names[0], names[-1]
-    modules = " ".join(f"{name}=DIR/{name}" for name in names)
-    return f"""# {len(names)} tasks as plain PEFT LoRAs
-
-A folder for each task, all on one backbone, `{run.settings.backbone}`; the README in each says how good it is and how
-its head or its prompt is used. DIR is where this folder lies.
-
-## PEFT: any mix of tasks in a batch
-
-```python
-from peft import PeftModel
-from transformers import {auto}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained({_base(run)})
-model = {auto}.from_pretrained({_base(run)})
-model = PeftModel.from_pretrained(model, "{first}", adapter_name="task_{first}")
-for task in {names[1:]!r}:
-    model.load_adapter(task, adapter_name=f"task_{{task}}")  # with a prefix, since torch keeps some names for itself
-model.eval()
-batch = tokenizer(["a text of {first}", "a text of {last}"], padding=True, return_tensors="pt")
-out = model(**batch, adapter_names=["task_{first}", "task_{last}"])
-```
-
-## Servers of language models
-
-vLLM (`--max-lora-rank` is {r} or the next that it knows):
-
-    vllm serve {path} --enable-lora --max-loras {len(names)} --max-lora-rank {r} --lora-modules {modules}
-
-A request names the task as its `model`. LoRAX:
-
-    lorax-launcher --model-id {path}
-
-A request says `"parameters": {{"adapter_id": "DIR/{first}", "adapter_source": "local"}}`. Both know certain models and
-projections, which their pages list; an encoder with heads is for PEFT.
-"""

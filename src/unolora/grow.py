@@ -5,6 +5,7 @@
     heads                + a head, learned          - its head        the head under another name
 
 A task that is added is trained alone: no other task's row or head is there to be changed, by weight decay for example.
+With `tune` more is trained, on rows of all tasks in the run's own mix, and what that does to each old task is measured.
 
 Axes: N rows, D width of the pooled states, d width of the task embedding, C outputs of a head.
 """
@@ -39,10 +40,21 @@ from unolora.text import Answers, TextModel
 from unolora.training import MultiTaskTrainer, checkpoints_of, fit, results_of
 
 STARTS = ("nearest", "mean", "scratch")
+TUNES = ("row", "hypernetwork", "all")
 NEAREST_EXAMPLES = 64
 """Rows on which the old tasks' embeddings are tried."""
 RIDGE = 1e-2
 """Penalty of the probe that stands in for a head not yet learned, in units of the mean squared norm of a row."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is trained on when a task is added: that task, and with replay the old ones before it."""
+
+    data: list[TaskData]
+    splits: dict[str, dict[int, Encoded]]
+    start: str | None
+    """Where the new row starts."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,7 @@ def add_task(
     *,
     root: Path | None = None,
     start: str = "nearest",
+    tune: str = "row",
     examples: int | None = None,
     steps: int | None = None,
     learning_rate: float | None = None,
@@ -102,6 +115,8 @@ def add_task(
         root: Folder that the task's relative files start from.
         start: Where its row of the task embedding starts: "nearest" (the old task with the least loss on a few of its
             examples), "mean" (of the old tasks) or "scratch" (random).
+        tune: What is trained: "row" (of the new task, and its head; the old tasks' outputs stay as they are, bit for
+            bit), "hypernetwork" (and every head) or "all" (A and B too). The last two replay the old tasks' rows.
         examples: Learn from that many training rows, as evenly over the labels as they come; all by default.
         steps: Of its training; by default those of the run.
         learning_rate: Of its training; by default that of the run.
@@ -116,6 +131,8 @@ def add_task(
     """
     if start not in STARTS:
         raise unknown("start", start, STARTS)
+    if tune not in TUNES:
+        raise unknown("tune", tune, TUNES)
     if examples is not None and examples < 1:
         raise InputError(f"`examples` must be at least 1, got {examples}")
     settings = _settings(folder, output)
@@ -123,10 +140,12 @@ def add_task(
     if task.name in names:
         raise InputError(f"{folder}: task {task.name!r} is there already; give the new one another name, or remove it")
     text = runs.form(settings) == "text"
-    if text and settings.adapter.conditioning == "none":
+    if settings.adapter.conditioning == "none" and tune == "hypernetwork":
+        raise InputError(f"{folder}: with `adapter.conditioning` none there is no hypernetwork; tune row or all")
+    if text and settings.adapter.conditioning == "none" and tune == "row":
         raise InputError(
             f"{folder}: with `adapter.conditioning` none and answers of text, nothing of the model belongs to a task, "
-            "so there is nothing to learn; train a run with conditioning task or task+sample"
+            "so there is nothing to learn; tune all, or train a run with conditioning task or task+sample"
         )
     own = _shortened(settings, steps, learning_rate)
     results = _results(folder)
@@ -134,28 +153,35 @@ def add_task(
     data = _fewer(full, examples, own.training.seed)
     run = runs.load_run(folder)
     parts = _parts(run.model, run.tasks)
-    splits, chosen = _prepare(run, parts, own, data, start)
+    lesson = _prepare(run, parts, own, data, start, tune)
+    tasks = [each.task for each in lesson.data]
     with new_folder(output) as temporary:
-        checkpoints = checkpoints_of(temporary, own, "unolora", [data])
-        trainer = MultiTaskTrainer(run.model, own, [data.task], splits, Collator(run.tokenizer), checkpoints)
+        checkpoints = checkpoints_of(temporary, own, "unolora", lesson.data)
+        trainer = MultiTaskTrainer(run.model, own, tasks, lesson.splits, Collator(run.tokenizer), checkpoints)
         if progress is not None:
             trainer.add_callback(progress(f"task {task.name}", trainer))
         best = fit(trainer)
         if best is None:
             raise KeyboardInterrupt
         (temporary / "metrics.jsonl").replace(temporary / f"metrics-{task.name}.jsonl")
-        results["tasks"].append(_entry(trainer, data, best))
-        shutil.rmtree(checkpoints.folder)
         change = {
             "added": task.name,
-            "start": chosen,
+            "start": lesson.start,
+            "tune": tune,
             "examples": len(data.splits["train"]),
             "steps": own.training.steps,
             "learning_rate": own.training.learning_rate,
             "best_step": best["step"],
         }
-        digests = runs.digests([full])
-        _write(run, [*parts, *_parts(run.model, [data.task])], output, temporary, results, change, digests)
+        *again, entry = _entries(trainer, lesson.data, best)
+        if again:
+            change["old_tasks"] = _moved(results["tasks"], again)
+            results["tasks"] = [_rescored(*pair) for pair in zip(results["tasks"], again, strict=True)]
+        results["tasks"].append(entry)
+        shutil.rmtree(checkpoints.folder)
+        learned = _parts(run.model, tasks)
+        whole = learned if again else [*parts, *learned]
+        _write(run, whole, output, temporary, results, change, runs.digests([full]))
     return output
 
 
@@ -298,14 +324,8 @@ def _fewer(data: TaskData, examples: int | None, seed: int) -> TaskData:
     return replace(data, splits={**data.splits, "train": train.take(chosen)})
 
 
-def _prepare(
-    run: Run, parts: Sequence[Part], settings: Settings, data: TaskData, start: str
-) -> tuple[dict[str, dict[int, Encoded]], str | None]:
-    """Leave the model with the new task alone, whose row and head alone are trained.
-
-    Returns:
-        The new task's tokens, and where its row starts.
-    """
+def _prepare(run: Run, parts: Sequence[Part], settings: Settings, data: TaskData, start: str, tune: str) -> Lesson:
+    """Leave the model with the tasks that are trained on, and with gradients where something is learned."""
     model, longest = run.model, 0
     if isinstance(model, TextModel) and model.heads.continues:
         longest = model.heads.longest()
@@ -313,18 +333,40 @@ def _prepare(
     _assemble(model, [part])
     if isinstance(model, TextModel) and model.heads.continues:
         runs.check_length(settings, model.method.backbone, max(longest, model.heads.longest()))
-    length, splits = settings.data.max_length, {}
-    for name, rows in data.splits.items():
-        splits[name] = {0: runs.encode_rows(model, 0, rows, run.tokenizer, length, train=name == "train")}
     chosen = None
     if _embedding(model) is not None:
-        vector, chosen = _start(run, part, parts, splits["train"][0], start)
-        _assemble(model, [replace(part, vector=vector)])
+        rows = runs.encode_rows(model, 0, data.splits["train"], run.tokenizer, settings.data.max_length, train=True)
+        vector, chosen = _start(run, part, parts, rows, start)
+        part = replace(part, vector=vector)
+    old = [] if tune == "row" else list(parts)
+    _assemble(model, [*old, part])
+    everything = [*(_data(settings, each.task, None) for each in old), data]
+    splits: dict[str, dict[int, Encoded]] = {}
+    for name in data.splits:
+        splits[name] = {
+            row: runs.encode_rows(
+                model, row, d.splits[name], run.tokenizer, settings.data.max_length, train=name == "train"
+            )
+            for row, d in enumerate(everything)
+        }
+    _thaw(model, tune)
+    return Lesson(everything, splits, chosen)
+
+
+def _thaw(model: Model, tune: str) -> None:
+    """Let gradients reach what is learned and nothing else."""
+    tuner: Any = model.method.backbone.base_model
     model.requires_grad_(False)
     model.heads.requires_grad_(True)
-    if _embedding(model) is not None:
-        _embedding(model).requires_grad_(True)
-    return splits, chosen
+    if tune == "row":
+        if _embedding(model) is not None:
+            _embedding(model).requires_grad_(True)
+        return
+    tuner.uno_hypernetwork.requires_grad_(True)
+    if tune == "all":
+        for name, parameter in model.named_parameters():
+            if ".uno_A." in name or ".uno_B." in name:
+                parameter.requires_grad_(True)
 
 
 def _new_part(model: Model, data: TaskData, seed: int) -> Part:
@@ -390,16 +432,31 @@ def leave_one_out(pooled: Tensor, targets: Tensor) -> float:
     return float(errors.square().mean())
 
 
-def _entry(trainer: MultiTaskTrainer, data: TaskData, best: Mapping[str, Any]) -> dict[str, Any]:
-    """Score the new task and describe it as results.json does."""
-    test = trainer.splits["test"]
+def _entries(trainer: MultiTaskTrainer, data: Sequence[TaskData], best: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Score the tasks trained on and describe them as results.json does."""
+    test, tasks = trainer.splits["test"], [each.task for each in data]
     found = scoring.predictions(trainer.model, test, trainer.data_collator, trainer.settings.scoring)
-    scores = {"validation": best["validation"], "test": scoring.scored([data.task], test, found)}
-    unparsed = scoring.unparsed([data.task], found)
-    results = results_of(trainer, "unolora", [data], scores, best["step"], unparsed)
-    entry: dict[str, Any] = results["tasks"][0]
-    entry["sampling"]["planned"] = None  # it had no share of the first training's batches
-    return entry
+    scores = {"validation": best["validation"], "test": scoring.scored(tasks, test, found)}
+    unparsed = scoring.unparsed(tasks, found)
+    entries: list[dict[str, Any]] = results_of(trainer, "unolora", data, scores, best["step"], unparsed)["tasks"]
+    entries[-1]["sampling"]["planned"] = None  # it had no share of the first training's batches
+    return entries
+
+
+def _rescored(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    return {**old, "metrics": new["metrics"], "unparsed": new["unparsed"]}
+
+
+def _moved(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what each old task scored on the test split before and after."""
+    return {
+        before["name"]: {
+            "metric": before["score_metric"],
+            "before": before["metrics"]["test"][before["score_metric"]],
+            "after": after["metrics"]["test"][before["score_metric"]],
+        }
+        for before, after in zip(old, new, strict=True)
+    }
 
 
 # --- run folders -----------------------------------------------------------------------------------------------------
@@ -443,7 +500,7 @@ def _write(
     now = datetime.now(UTC).isoformat(timespec="seconds")
     tasks = [part.task for part in parts]
     names = {change["renamed"]: change["to"]} if "renamed" in change else {}
-    since = {names.get(name, name): date for name, date in _since(run).items()}
+    since = {names.get(name, name): date for name, date in runs.read_since(run.folder).items()}
     settings = replace(run.settings, tasks=[_spelled(task) for task in tasks], baselines=[], output=str(output))
     runs.save_adapter(
         run.model, settings, "unolora", tasks, folder / "adapter", {t.name: since.get(t.name, now) for t in tasks}
@@ -473,14 +530,6 @@ def _write(
     from unolora.report import write_report
 
     write_report(folder)
-
-
-def _since(run: Run) -> dict[str, str]:
-    """Return when each task of a run came: with the run, where nothing else is said."""
-    rows = json.loads((run.folder / "adapter" / "tasks.json").read_text(encoding="utf-8"))
-    path = run.folder / "environment.json"
-    trained = json.loads(path.read_text(encoding="utf-8")).get("date", "") if path.is_file() else ""
-    return {row["name"]: row.get("since", trained) for row in rows}
 
 
 def _spelled(task: Task) -> dict[str, Any]:
@@ -517,6 +566,6 @@ def _parameters(model: Model, tasks: int, adapter: Path) -> dict[str, Any]:
         "adapter": own,
         "heads": heads,
         "trainable_percent": 100 * (own + heads) / total,
-        "per_task_percent": 100 * own / (total - heads - own) / tasks,
+        "per_task_percent": 100 * own / model.method.backbone_parameters / tasks,
         "file_bytes": sum(path.stat().st_size for path in adapter.rglob("*") if path.is_file()),
     }

@@ -16,6 +16,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -330,13 +331,13 @@ def save_adapter(
     folder: Path,
     since: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a trained model as `folder`, whole or not at all; `since` says when each task came, where they differ."""
+    """Write a trained model as `folder`, whole or not at all; `since` says when tasks came that came earlier."""
     with new_folder(folder) as temporary:
         _save_method(model.method, method, temporary)
         save_tensors(model.heads.state_dict(), temporary / "heads.safetensors")
-        rows = [asdict(task) | {"row": row} for row, task in enumerate(tasks)]
-        for row in rows:
-            row |= {"since": since[row["name"]]} if since else {}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        came = {task.name: (since or {}).get(task.name, now) for task in tasks}
+        rows = [asdict(task) | {"row": row, "since": came[task.name]} for row, task in enumerate(tasks)]
         (temporary / "tasks.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(_card(settings, method, tasks), encoding="utf-8")
 
@@ -460,10 +461,16 @@ def read_tasks(path: Path) -> list[Task]:
     return tasks
 
 
+def read_since(folder: Path) -> dict[str, str]:
+    """Return when each task of a run came, as ISO dates: with the run, where nothing else is said."""
+    rows = json.loads((folder / "adapter" / "tasks.json").read_text(encoding="utf-8"))
+    path = folder / "environment.json"
+    trained = json.loads(path.read_text(encoding="utf-8")).get("date", "") if path.is_file() else ""
+    return {row["name"]: row.get("since", trained) for row in rows}
+
+
 def environment() -> dict[str, Any]:
     """Describe versions and machine, for environment.json."""
-    from datetime import UTC, datetime
-
     return {
         **{name: version(name) for name in ("unolora", "torch", "transformers", "peft")},
         "python": platform.python_version(),
