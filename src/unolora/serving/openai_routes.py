@@ -25,7 +25,7 @@ from unolora.serving.service import Service, filled
 router = APIRouter()
 RESPONSES: dict[int | str, dict[str, Any]] = {
     **described(404, 408, 413, 500, 503, 504),
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    200: {"content": {"text/event-stream": {}}},
 }
 CHAT_TOKENS, COMPLETION_TOKENS = 64, 16  # by default; the latter as OpenAI's
 
