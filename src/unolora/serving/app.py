@@ -32,7 +32,7 @@ STATIC = Path(__file__).parent / "static"
 KEY = [Security(HTTPBearer(auto_error=False))]  # for the OpenAPI document; `Guard` looks at the key
 router = APIRouter()
 
-Value = str | int | float | bool
+Value = str | int | Annotated[float, Field(allow_inf_nan=False)] | bool
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

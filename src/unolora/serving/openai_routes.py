@@ -23,7 +23,10 @@ from unolora.serving.problems import ProblemError, described
 from unolora.serving.service import Service, filled
 
 router = APIRouter()
-RESPONSES = described(404, 408, 413, 500, 503, 504)
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    **described(404, 408, 413, 500, 503, 504),
+    200: {"content": {"text/event-stream": {}}},
+}
 CHAT_TOKENS, COMPLETION_TOKENS = 64, 16  # by default; the latter as OpenAI's
 
 

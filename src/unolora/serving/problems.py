@@ -70,7 +70,7 @@ def problem(status: int, code: str, message: str, retry_after: float | None = No
 def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Describe problems for the OpenAPI document."""
     texts = {
-        400: "Not HTTP, or another Host than this server's",
+        400: "No JSON, or another Host than this server's",
         401: "No key, or a wrong one",
         403: "The key may not do this",
         404: "No such thing",
@@ -114,7 +114,7 @@ def _invalid(error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     if first["type"] == "json_invalid":
-        return problem(422, "invalid_json", f"the body is not JSON: {first.get('ctx', {}).get('error', '')}")
+        return problem(400, "invalid_json", f"the body is not JSON: {first.get('ctx', {}).get('error', '')}")
     return problem(422, "invalid_request", f"{where}: {first['msg']}" if where else first["msg"])
 
 
