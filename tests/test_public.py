@@ -35,7 +35,11 @@ ALLOWED = {
     "scoring": {"data", "metrics", "runs", "tasks", "text"},
     "report": {"atomic"},
     "compare": {"runs", "settings"},
-    "analysis": {"atomic", "config", "data", "layer", "runs", "scoring", "tasks"},
+    "charts": set(),
+    "gradients": set(),
+    "analysis": {
+        "atomic", "charts", "compare", "config", "data", "gradients", "layer", "runs", "scoring", "tasks"
+    },
     "progress": {"training"},
     "doctor": {"tasks"},
     "training": {

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -48,6 +49,8 @@ class Interrupted(Exception):  # noqa: N818  # nothing went wrong
         self.folder, self.step = folder, step
 
 
+WORST, LONGEST = 8, 400
+"""Rows of a task whose texts predictions.json keeps, and characters of a text."""
 ONE_BEFORE = "delete its folder to resume from the one before"
 """What to do with a damaged checkpoint."""
 
@@ -88,10 +91,21 @@ def train(settings: Settings, *, root: Path | None = None, resume: bool = False,
         stopped = _train_method(settings, method, model, data, splits, Collator(tokenizer), own, progress)
         if stopped is not None:
             raise Interrupted(folder, stopped)
+    _analyse(folder, settings)
     from unolora.report import write_report
 
     write_report(folder)
     return folder
+
+
+def _analyse(folder: Path, settings: Settings) -> None:
+    """Write what was learned, by the run and by those beside it, where they have an A and a B."""
+    from unolora import analysis
+
+    own = {method: folder / "baselines" / method for method in settings.baselines} | {settings.method: folder}
+    found = [own[method] for method in (settings.method, *settings.baselines) if method in analysis.WITH_PAIRS]
+    if found:
+        analysis.write(analysis.analyze(found), folder / "analysis")
 
 
 def load_data(settings: Settings, root: Path | None = None) -> list[rows.TaskData]:
@@ -194,11 +208,13 @@ def _train_method(
         return int(trainer.state.global_step)
     runs.load_state(model, runs.load_tensors(trainer.best / "weights.safetensors", ONE_BEFORE), trainer.best)
     best = _read_json(trainer.best / "state.json", "step", "validation")
-    found = scoring.predictions(model, splits["test"], collate, settings.scoring)
+    answers = scoring.answers(model, tasks, splits["test"], collate, settings.scoring)
+    found = {row: values for row, (values, _) in answers.items()}
     scores = {"validation": best["validation"], "test": scoring.scored(tasks, splits["test"], found)}
     runs.save_adapter(model, settings, method, tasks, folder / "adapter")
     results = _results(trainer, method, data, scores, best["step"], scoring.unparsed(tasks, found))
     results["parameters"]["file_bytes"] = sum(p.stat().st_size for p in (folder / "adapter").rglob("*") if p.is_file())
+    write_json(folder / "predictions.json", _predictions(data, answers))
     write_json(folder / "results.json", results)
     shutil.rmtree(folder / "checkpoints")
     return None
@@ -515,12 +531,41 @@ def _check_settings(folder: Path, kept: Mapping[str, Any], settings: Settings) -
         )
 
 
+def _peak_bytes() -> int:
+    """Return the most memory held so far: of the accelerator, or else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _fingerprint(settings: Settings) -> dict[str, Any]:
     """What must be the same for a run to go on as if it had not stopped: `section.name` -> value."""
     kept = flat(settings)
     for name in ("output", "overwrite", "baselines", "data.root", "training.keep_checkpoints", "training.report_to"):
         del kept[name]
     return dict(json.loads(json.dumps(kept)))
+
+
+def _predictions(data: Sequence[rows.TaskData], answers: Mapping[int, tuple[Any, Any]]) -> dict[str, Any]:
+    """Gather predictions.json: of the test split all predictions, and the texts of the worst ones."""
+    tasks = {}
+    for row, d in enumerate(data):
+        values, confidence = answers[row]
+        split = d.splits["test"]
+        worst = metrics.worst(d.task, split.targets, values, confidence)[:WORST]
+        tasks[d.task.name] = {
+            "targets": split.targets.tolist(),
+            "predictions": [None if np.isnan(value) else round(value, 6) for value in values.tolist()],
+            "confidence": [None if np.isnan(value) else round(value, 4) for value in confidence.tolist()],
+            "worst": [
+                {"row": place, "texts": [text[:LONGEST] + "…" * (len(text) > LONGEST) for text in split.texts[place]]}
+                for place in worst
+            ],
+        }
+    return {"split": "test", "tasks": tasks}
 
 
 def _results(
@@ -580,6 +625,7 @@ def _results(
             "trainable_percent": 100 * trainable / total,
             "per_task_percent": 100 * (trainable - heads) / backbone / len(tasks),  # counted as in the paper
         },
+        "memory": {"peak_bytes": _peak_bytes()},
         "time": {
             "train_seconds": round(trainer.train_seconds, 2),
             "evaluation_seconds": round(trainer.evaluation_seconds, 2),
