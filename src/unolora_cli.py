@@ -15,7 +15,7 @@ COMMANDS = {
     "evaluate": "score a run on its test (or validation) splits",
     "predict": "predict texts with one task of a run; JSON lines out",
     "tasks": "list the built-in tasks, or a run's",
-    "report": "write a run's report.html again",
+    "report": "write a run's report.html again, or a page that compares several runs",
     "compare": "put finished runs side by side, averaged over their seeds",
     "analyze": "say whether runs learned the same: subspaces of A and of B, ranks, scales",
     "doctor": "say what is installed, what the machine can do, and what is missing",

@@ -33,17 +33,18 @@ ALLOWED = {
     "text": {"data", "heads", "methods", "metrics", "tasks"},
     "runs": {"atomic", "checkpoint", "config", "data", "heads", "methods", "settings", "tasks", "text"},
     "scoring": {"data", "metrics", "runs", "tasks", "text"},
-    "report": {"atomic"},
     "compare": {"runs", "settings"},
     "charts": set(),
     "gradients": set(),
     "analysis": {
         "atomic", "charts", "compare", "config", "data", "gradients", "layer", "runs", "scoring", "tasks"
     },
+    "report": {"analysis", "atomic", "charts", "compare", "metrics", "runs"},
     "progress": {"training"},
     "doctor": {"tasks"},
     "training": {
-        "atomic", "data", "heads", "methods", "metrics", "report", "runs", "sampling", "scoring", "settings", "tasks"
+        "analysis", "atomic", "data", "gradients", "heads", "methods", "metrics", "report", "runs", "sampling",
+        "scoring", "settings", "tasks"
     },
     "cli": {
         "analysis", "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",

@@ -131,9 +131,11 @@ def show(value: Any, how: str) -> str:
 
 
 def ends(value: Any, how: str) -> str:
-    """Write the interval of a Span; "" for what has none."""
+    """Write the interval of a Span, as ± where its ends are equally far; "" for what has none."""
     if not isinstance(value, Span) or not all(map(math.isfinite, value)):
         return ""
+    if math.isclose(value.high - value.value, value.value - value.low, rel_tol=1e-6, abs_tol=1e-12):
+        return f"\u00b1 {show(value.high - value.value, how).lstrip('+')}"
     return f"{show(value.low, how)} to {show(value.high, how)}"
 
 
@@ -378,7 +380,7 @@ def grid(
         limits: The ends of the scale; by default the least and the greatest value.
     """
     cells = [[value if known(value) else None for value in row] for row in values]
-    few = len(columns) <= 12 and len(rows) <= 12
+    few = len(columns) <= 8 and len(rows) <= 12
     trace: Plot = {
         "type": "heatmap",
         "meta": scale,

@@ -26,6 +26,7 @@ SPLITS = ("test", "validation")
 NOT_OF_THE_METHOD = {
     "output", "overwrite", "baselines", "data.root", "training.seed",
     "training.log_every", "training.report_to", "training.checkpoint_every", "training.keep_checkpoints",
+    "training.conflict_every",
 }  # fmt: skip
 """Settings in which the runs of one row may differ."""
 IN_PROTOCOL = {"backbone", "tasks", "training.steps", "training.batch_size"}
@@ -181,6 +182,7 @@ def _run(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         raise ValueError("no tasks")
     return {
         "folder": folder,
+        "method": str(document["method"]),
         "label": str(document["label"]),
         "seed": int(document["seed"]),
         "backbone": str(document["backbone"]),
@@ -279,6 +281,7 @@ def _row(group: Sequence[Mapping[str, Any]], split: str, average: str) -> dict[s
     return {
         "label": first["label"],
         "first": first,
+        "folders": [run["folder"] for run in ordered],
         "seeds": seeds,
         "by_seed": {seed: by_seed[seed]["averages"][average][split] for seed in seeds},
         "scores": {

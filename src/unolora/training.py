@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from unolora import metrics, runs, scoring
+from unolora import gradients, metrics, runs, scoring
 from unolora.atomic import explained, new_folder, write_json, write_text
 from unolora.data import Collator, Encoded, TaskRows, TrainingBatches
 from unolora.errors import CheckpointError, InputError
@@ -290,6 +290,7 @@ class MultiTaskTrainer(Trainer):
         self._started: float | None = None
         self._micro = 0
         self._since_log = np.zeros((2, len(tasks)))  # summed loss and rows of each task since the last line
+        self._pulls: dict[int, Tensor] = {}  # the running step's gradient of each task, where it is to be logged
 
     # --- a step is a function of (seed, step) ----------------------------------------------------------------------
 
@@ -327,9 +328,30 @@ class MultiTaskTrainer(Trainer):
                 f"the loss of task {name!r} is not finite at step {self.state.global_step + 1}: training diverged; "
                 "try a lower `training.learning_rate`"
             )
+        if self._conflict_is_due():
+            parameters = gradients.shared(self.model)
+            for row, gradient in gradients.of_tasks(out["losses"], inputs["tasks"], parameters).items():
+                self._pulls[row] = self._pulls.get(row, 0) + gradient
         np.add.at(self._since_log[0], rows_of, losses)
         np.add.at(self._since_log[1], rows_of, 1)
         return out["loss"]
+
+    def _conflict_is_due(self) -> bool:
+        every = self.settings.training.conflict_every
+        return every is not None and (self.state.global_step + 1) % every == 0 and self.model.training
+
+    def log_conflict(self) -> None:
+        """Write the cosines between the gradients of the step's tasks, if they were due, as a line of metrics.jsonl."""
+        if not self._pulls:
+            return
+        names = [self.tasks[row].name for row in sorted(self._pulls)]
+        cosines = gradients.cosines([self._pulls[row] for row in sorted(self._pulls)])
+        self._pulls = {}
+        table = {
+            name: {other: round(value, 4) for other, value in zip(names, row, strict=True) if other != name}
+            for name, row in zip(names, cosines, strict=True)
+        }
+        self._write_line(kind="conflict", step=self.state.global_step, cosines=table)
 
     # --- what is measured --------------------------------------------------------------------------------------------
 
@@ -471,6 +493,7 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the switches for what follows this step."""
+        self.trainer.log_conflict()
         if state.global_step == state.max_steps:
             control.should_evaluate = control.should_log = True
             self.trainer.stopped = False  # a signal now comes too late to stop anything

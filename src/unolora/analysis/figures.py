@@ -191,7 +191,11 @@ def scales(name: str, means: Array, spreads: Array, tasks: Sequence[str], projec
                    scale="diverging", **options)  # fmt: skip
     within = grid("spread over samples", tasks, columns, _flat(spreads), **options)
     for panel in (of_task, within):
-        panel.plot["layout"]["xaxis"] |= {"showticklabels": False, "title": {"text": "projections and their ranks"}}
+        panel.plot["layout"]["xaxis"] |= {
+            "showticklabels": False,
+            "ticks": "",
+            "title": {"text": "projections and their ranks"},
+        }
     alt = "Heat maps of tasks by ranks: the mean scale, and how much it differs between the samples of a task."
     return Figure(f"Scales: {name}", alt, [of_task, within], [], wide=True)
 

@@ -24,8 +24,9 @@ from unolora.errors import InputError
 from unolora.report import learned, mistakes, scores
 from unolora.report.page import Code, More, Page, Section, listed, render
 from unolora.report.read import Run, mapping, read, rivals_of, text
+from unolora.report.several import write_comparison
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]
 
 ANALYSIS = "analysis"
 """The folder in a run that holds what `unolora analyze` found."""

@@ -55,9 +55,9 @@ ABOUT_ENTRIES = (
     "rotated A and B lies elsewhere in them, so they say less than the overlap of subspaces."
 )
 ABOUT_OVERLAP = (
-    "Overlap is the mean squared cosine of the principal angles between two row spaces of A, or two column spaces of B: "
-    "1 where they are the same, r / d on average where they are random. A starts at random and B at zero, so "
-    "what training added to A (moved A) is what compares with B. Above chance is the overlap with the random part taken "
+    "Overlap is the mean squared cosine of the principal angles between two row spaces of A, or two column spaces of "
+    "B: 1 where they are the same, r / d on average where they are random. A starts at random and B at zero, so what "
+    "training added to A (moved A) is what compares with B. Above chance is the overlap with the random part taken "
     "out; p layers is that of a permutation of the layers."
 )
 
@@ -128,7 +128,7 @@ def _spread(found: Analysis, name: str) -> str:
     sizes = [float(np.sqrt(each.mean())) for each in (between, within)]
     return (
         f"The scales of {name} differ by {sizes[0]:.3f} between tasks and by {sizes[1]:.4f} between the samples of a "
-        f"task (root mean square over ranks): {share:.1%} of their variance lies between tasks."
+        f"task (root mean square over ranks): {share:.2%} of their variance lies between tasks."
     )
 
 

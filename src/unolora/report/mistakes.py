@@ -52,7 +52,7 @@ def _scatter(run: Run, task: Task, found: Predicted) -> Panel:
 
 
 def worst(run: Run) -> list[Quotes]:
-    """Return the worst mistakes of each task: wrong labels given with the most confidence, the largest errors."""
+    """Return the worst mistakes of each task: the wrong labels given with the most confidence, the largest errors."""
     found = []
     for task in run.tasks:
         predicted = run.predicted.get(task.name)
