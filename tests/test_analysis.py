@@ -323,7 +323,7 @@ def test_scales_between_tasks_and_within():
     assert arrays["variance within tasks"].max() > 0
     assert len(rows_of(found.table, measure="mean scale")) == 3 * 4
     loaded = runs.load_run(run())
-    s = collect.scales(loaded, limit=5)
+    s = collect.scales(loaded, collect.encoded(loaded, "validation", 5))
     assert {name: part.shape for name, part in s.items()} == dict.fromkeys(tiny.NAMES, (5, 4, 4))
     assert s["mood"].mean(axis=0) == pytest.approx(arrays["mean"][0])
 
@@ -336,7 +336,7 @@ def test_scales_are_those_of_the_forward():
         patch.setattr(collect, "current_scales", lambda: seen.append(collect_current()) or seen[-1])
         outputs = []
         hook = network.register_forward_hook(lambda module, inputs, out: outputs.append(out))
-        s = collect.scales(loaded, limit=3)
+        s = collect.scales(loaded, collect.encoded(loaded, "validation", 3))
         hook.remove()
     assert np.concatenate(list(s.values())) == pytest.approx(torch.cat(outputs).numpy())
 
@@ -453,9 +453,10 @@ def test_without_all_ranks_is_the_backbone():
 
 def test_without_the_sample_every_sample_gets_one_scale():
     loaded = runs.load_run(run())
-    assert collect.scales(loaded, limit=4)["mood"].std(axis=0).max() > 1e-4
-    with ablate.without_sample(loaded, lambda: collect.scales(loaded, limit=4)):
-        assert collect.scales(loaded, limit=4)["mood"].std(axis=0).max() < 1e-6
+    splits = collect.encoded(loaded, "validation", 4)
+    assert collect.scales(loaded, splits)["mood"].std(axis=0).max() > 1e-4
+    with ablate.without_sample(loaded, lambda: collect.scales(loaded, splits)):
+        assert collect.scales(loaded, splits)["mood"].std(axis=0).max() < 1e-6
     shared = runs.load_run(run(method="lora-shared"))
     with pytest.raises(InputError, match="do not depend on the sample"), ablate.without_sample(shared, lambda: None):
         pass
@@ -486,7 +487,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys, monkeypatch):
     for word in ("between seeds", "same seed", "A - B", "effective rank (entropy)", "spread within tasks", "rank 3"):
         assert word in printed
     names = {f"{name}.{kind}" for name in analysis.TABLES for kind in ("csv", "parquet")}
-    assert {path.name for path in out.iterdir()} == names | {"arrays.safetensors"}
+    assert {path.name for path in out.iterdir()} == names | {"arrays.safetensors", "notes.json"}
     table = pandas.read_parquet(out / "table.parquet")
     assert list(table.columns[:5]) == ["run", "label", "seed", "task", "projection"]
     assert len(pandas.read_csv(out / "table.csv")) == len(table)

@@ -37,14 +37,18 @@ ALLOWED = {
     "runs": {"atomic", "checkpoint", "config", "data", "heads", "methods", "processes", "settings", "tasks", "text"},
     "scoring": {"data", "metrics", "processes", "runs", "tasks", "text"},
     "serving": {"atomic", "data", "layer", "methods", "model", "runs", "scoring", "tasks", "text"},
-    "report": {"atomic"},
     "compare": {"runs", "settings"},
-    "analysis": {"atomic", "config", "data", "layer", "runs", "scoring", "tasks"},
+    "charts": set(),
+    "gradients": set(),
+    "analysis": {
+        "atomic", "charts", "compare", "config", "data", "gradients", "layer", "runs", "scoring", "tasks"
+    },
+    "report": {"analysis", "atomic", "charts", "compare", "metrics", "runs"},
     "progress": {"training"},
     "doctor": {"tasks"},
     "training": {
-        "atomic", "data", "heads", "lock", "methods", "metrics", "processes", "recovery", "report", "runs", "sampling",
-        "scoring", "settings", "tasks"
+        "analysis", "atomic", "data", "gradients", "heads", "lock", "methods", "metrics", "processes", "recovery",
+        "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
     "static_scale": {"data", "heads", "layer", "methods", "runs", "text"},
     "onnx_graph": {"hypernetwork"},

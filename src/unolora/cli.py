@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from unolora.export import Exported
     from unolora.progress import Bar
 
+RUN_FILES = ("results.json", "config.yaml", "metrics.jsonl")
+"""One of them makes a folder a run."""
+
 
 def train(arguments: Sequence[str]) -> int:
     """Train a method, with a bar for each; print the scores and where the report is."""
@@ -255,11 +258,24 @@ def _cost(done: Exported) -> str:
 
 
 def report(arguments: Sequence[str]) -> int:
-    """Write report.html again."""
-    options = _parser("report").parse_args(arguments)
-    from unolora.report import write_report
+    """Write a run's report.html again, or a page that compares several runs."""
+    parser = _Parser("report")
+    parser.add_argument("run", type=Path, nargs="+", help="run folder; of several, or a folder of such, a comparison")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="of a comparison; default: comparison.html beside the first run"
+    )
+    options = parser.parse_args(arguments)
+    from unolora.report import write_comparison, write_report
 
-    _write(str(write_report(options.run)))
+    first = options.run[0]
+    alone = len(options.run) == 1 and (not first.is_dir() or any((first / name).is_file() for name in RUN_FILES))
+    if alone and options.output:
+        raise InputError("--output is for a comparison: a run's report is the report.html in its folder")
+    if alone:
+        _write(str(write_report(first)))
+    else:
+        beside = first if len(options.run) == 1 else first.resolve().parent
+        _write(str(write_comparison(options.run, options.output or beside / "comparison.html")))
     return 0
 
 

@@ -26,6 +26,7 @@ SPLITS = ("test", "validation")
 NOT_OF_THE_METHOD = {
     "output", "overwrite", "baselines", "data.root", "training.seed",
     "training.log_every", "training.report_to", "training.checkpoint_every", "training.keep_checkpoints",
+    "training.conflict_every",
 }  # fmt: skip
 """Settings in which the runs of one row may differ."""
 IN_PROTOCOL = {"backbone", "tasks", "training.steps", "training.batch_size"}
@@ -181,6 +182,7 @@ def _run(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         raise ValueError("no tasks")
     return {
         "folder": folder,
+        "method": str(document["method"]),
         "label": str(document["label"]),
         "seed": int(document["seed"]),
         "backbone": str(document["backbone"]),
@@ -192,7 +194,7 @@ def _run(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "per_task_percent": _number(document["parameters"]["per_task_percent"]),
         "file_bytes": _number(document["parameters"]["file_bytes"]),
         "train_seconds": _number(document["time"]["train_seconds"]),
-        "settings": _settings(folder, str(document["method"])),
+        "settings": method_settings(folder, str(document["method"])),
     }
 
 
@@ -202,7 +204,7 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _settings(folder: Path, method: str) -> dict[str, Any] | None:
+def method_settings(folder: Path, method: str) -> dict[str, Any] | None:
     """Return what a method was trained with; that of a baseline stands in the run around it."""
     for path in (folder, folder.parent.parent if folder.parent.name == "baselines" else folder):
         if (path / "config.yaml").is_file():
@@ -279,6 +281,7 @@ def _row(group: Sequence[Mapping[str, Any]], split: str, average: str) -> dict[s
     return {
         "label": first["label"],
         "first": first,
+        "folders": [run["folder"] for run in ordered],
         "seeds": seeds,
         "by_seed": {seed: by_seed[seed]["averages"][average][split] for seed in seeds},
         "scores": {
@@ -296,14 +299,23 @@ def _row(group: Sequence[Mapping[str, Any]], split: str, average: str) -> dict[s
 
 
 def _labels(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return each row's label, with the settings that tell it from others of the same label."""
-    labels = []
-    for row in found:
-        alike = [r["first"]["settings"] or {} for r in found if r["label"] == row["label"]]
-        own = row["first"]["settings"] or {}
+    return told_apart([row["label"] for row in found], [row["first"]["settings"] for row in found])
+
+
+def told_apart(labels: Sequence[str], settings: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    """Return each label, with the settings that tell it from others of the same label.
+
+    Args:
+        labels: Of methods.
+        settings: What each was trained with (`method_settings`), None where it is not known.
+    """
+    known = [each or {} for each in settings]
+    found = []
+    for label, own in zip(labels, known, strict=True):
+        alike = [each for other, each in zip(labels, known, strict=True) if other == label]
         odd = [name for name in own if name not in IN_PROTOCOL and any(s.get(name) != own[name] for s in alike)]
-        labels.append(", ".join([row["label"], *(f"{name.rpartition('.')[2]}={own[name]}" for name in odd)]))
-    return labels
+        found.append(", ".join([label, *(f"{name.rpartition('.')[2]}={own[name]}" for name in odd)]))
+    return found
 
 
 def interval(values: Sequence[float]) -> Interval | None:

@@ -340,7 +340,7 @@ def _prepare(run: Run, parts: Sequence[Part], settings: Settings, data: TaskData
         part = replace(part, vector=vector)
     old = [] if tune == "row" else list(parts)
     _assemble(model, [*old, part])
-    everything = [*(_data(settings, each.task, None) for each in old), data]
+    everything = [*(_data(settings, each.task) for each in old), data]
     splits: dict[str, dict[int, Encoded]] = {}
     for name in data.splits:
         splits[name] = {

@@ -121,6 +121,59 @@ def score(task: Task, targets: ArrayLike, predictions: ArrayLike) -> dict[str, f
     return scores
 
 
+def resampled(
+    metric: str,
+    targets: ArrayLike,
+    predictions: ArrayLike,
+    *,
+    regression: bool,
+    labels: int,
+    draws: int,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Score rows drawn again and again with replacement, as many as there are: the bootstrap of a score.
+
+    Args:
+        metric: One of METRICS.
+        targets: Label ids or numbers [N].
+        predictions: Label ids or numbers [N], see `score`.
+        regression: Whether they are numbers.
+        labels: How many labels the task has.
+        draws: How often.
+        seed: Of the draws.
+
+    Returns:
+        The scores [draws].
+    """
+    t = np.asarray(targets, dtype=np.float64)
+    p = np.asarray(_farthest_where_nan(t, predictions) if regression else predictions, dtype=np.float64)
+    how = f1_macro if metric == "f1" and labels > 2 else METRICS[metric]
+    random = np.random.default_rng(seed)
+    index = (random.integers(0, len(t), len(t)) for _ in range(draws))
+    return np.array([how(t[rows], p[rows]) for rows in index])
+
+
+def worst(task: Task, targets: ArrayLike, predictions: ArrayLike, confidence: ArrayLike) -> list[int]:
+    """Order a task's mistakes, the worst first.
+
+    Args:
+        task: Its kind decides.
+        targets: Label ids or numbers [N].
+        predictions: Label ids or numbers [N], see `score`.
+        confidence: Probability of each predicted label [N]; NaN, as of a number, comes last.
+
+    Returns:
+        Rows: of a classification the wrong ones, those with the most confidence first; of a regression all, the largest
+        errors first, an answer that is no number before them.
+    """
+    t, p, sure = (np.asarray(each, dtype=np.float64) for each in (targets, predictions, confidence))
+    if task.kind == "regression":
+        size = np.nan_to_num(np.abs(t - p), nan=np.inf)
+        return np.argsort(-size, kind="stable").tolist()
+    rows = np.flatnonzero(t != p)
+    return rows[np.argsort(-np.nan_to_num(sure[rows]), kind="stable")].tolist()
+
+
 def averages(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Average the scores of several tasks in three ways, each under its own name.
 

@@ -297,7 +297,7 @@ def check_length(settings: Settings, backbone: Any, answer: int) -> None:
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return what training changes: trainable parameters, and the buffers of the heads."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    if hasattr(model, "heads"):
+    if isinstance(model, MultiTaskModel | TextModel):
         trained |= {f"heads.{name}" for name in model.heads.state_dict()}
     every = model.state_dict()  # asked as a whole: a model in parts (FSDP2) then puts them in order first
     return {name: value for name, value in every.items() if name in trained}

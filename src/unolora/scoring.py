@@ -81,10 +81,44 @@ def predictions(
     Returns:
         For each task row label ids or numbers [N]; `metrics.UNPARSED` or NaN where what was generated is no answer.
     """
+    return {row: values for row, (_, values) in _whole(model, splits, collate, scoring).items()}
+
+
+def _whole(
+    model: Model, splits: Mapping[int, Encoded], collate: Collator, scoring: str
+) -> dict[int, tuple[Tensor, np.ndarray[Any, Any]]]:
+    """Run whole splits, all tasks together: task row -> logits [N, C] and answers [N]."""
     rows = [(task, split, i) for task, split in splits.items() for i in range(len(split))]
-    values = _shared(lambda own: outputs(model, own, collate, scoring=scoring)[1].numpy(), rows, model)
+    found = _shared(lambda own: _side_by_side(outputs(model, own, collate, scoring=scoring)), rows, model)
+    logits, values = torch.from_numpy(found[:, 1:]), found[:, 0]
     ends = np.cumsum([len(split) for split in splits.values()])
-    return {task: values[end - len(split) : end] for (task, split), end in zip(splits.items(), ends, strict=True)}
+    places = {task: slice(end - len(split), end) for (task, split), end in zip(splits.items(), ends, strict=True)}
+    return {task: (logits[at], values[at]) for task, at in places.items()}
+
+
+def _side_by_side(found: tuple[Tensor, Tensor]) -> Values:
+    logits, answers = found
+    return torch.cat([answers.unsqueeze(1).double(), logits.double()], 1).numpy()  # [N, 1 + C]
+
+
+def answers(
+    model: Model, tasks: Sequence[Task], splits: Mapping[int, Encoded], collate: Collator, scoring: str = "labels"
+) -> dict[int, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Predict whole splits, all tasks together, and say how sure the model is.
+
+    Returns:
+        For each task row what `predictions` gives [N], and the probability of the predicted label [N], NaN of a number
+        and of what was generated.
+    """
+    found = _whole(model, splits, collate, scoring)
+    return {row: (values, _confidence(tasks[row], logits)) for row, (logits, values) in found.items()}
+
+
+def _confidence(task: Task, logits: Tensor) -> np.ndarray[Any, Any]:
+    if not task.labels or not logits.shape[1]:
+        return np.full(len(logits), np.nan)
+    found: np.ndarray[Any, Any] = logits[:, : len(task.labels)].softmax(dim=1).max(dim=1).values.numpy()
+    return found
 
 
 def _shared(predict: Callable[[Sequence[Row]], Values], rows: Sequence[Row], model: Model) -> Values:
@@ -102,9 +136,10 @@ def _shared(predict: Callable[[Sequence[Row]], Values], rows: Sequence[Row], mod
     for _, failure in parts:
         if failure:
             raise InputError(failure)
-    values = np.empty(len(rows), parts[0][0].dtype)
+    values = np.empty((len(rows), *parts[0][0].shape[1:]), parts[0][0].dtype)
     for rank, (part, _) in enumerate(parts):
-        values[rank::n] = part
+        if len(part):
+            values[rank::n] = part
     return values
 
 

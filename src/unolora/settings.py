@@ -139,6 +139,8 @@ class Training:
     """steps between evaluations on the validation splits"""
     log_every: int = 10
     """steps between lines of metrics.jsonl"""
+    conflict_every: int | None = None
+    """steps between lines of metrics.jsonl with the cosines between the tasks' gradients; by default none"""
     checkpoint_every: int | None = None
     """steps between checkpoints to resume from; by default evaluate_every"""
     keep_checkpoints: int = 2
@@ -157,7 +159,7 @@ class Training:
     def __post_init__(self) -> None:
         _check_types(self)
         names = ("steps", "batch_size", "gradient_accumulation", "evaluate_every", "log_every", "keep_checkpoints")
-        _at_least(self, 1, *names, "checkpoint_every", "max_skipped")
+        _at_least(self, 1, *names, "checkpoint_every", "max_skipped", "conflict_every")
         _at_least(self, 0, "warmup_steps", "seed", "weight_decay")
         _above_zero(self, "learning_rate", "max_grad_norm")
         if self.seed >= 2**32:

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from unolora import lock, metrics, processes, recovery, runs, scoring
+from unolora import gradients, lock, metrics, processes, recovery, runs, scoring
 from unolora.atomic import explained, is_temporary, new_folder, sweep, write_json, write_text
 from unolora.data import Collator, Encoded, TaskRows, TrainingBatches
 from unolora.errors import InputError
@@ -51,6 +52,8 @@ class Interrupted(Exception):  # noqa: N818  # nothing went wrong
 
 BEFORE_CONFIG = ("environment.json", runs.DATA)
 """What is written into a run folder before the config.yaml that makes it a run."""
+WORST, LONGEST = 8, 400
+"""Rows of a task whose texts predictions.json keeps, and characters of a text."""
 
 Splits = Mapping[str, Mapping[int, Encoded]]
 """Split -> task row -> its tokens."""
@@ -93,10 +96,21 @@ def train(settings: Settings, *, root: Path | None = None, resume: bool = False,
             stopped = _train_method(settings, method, model, data, splits, collate, own, progress)
             if stopped is not None:
                 raise Interrupted(folder, stopped)
+        processes.first(lambda: _analyse(folder, settings))
         from unolora.report import write_report
 
         processes.first(lambda: write_report(folder) and None)
     return folder
+
+
+def _analyse(folder: Path, settings: Settings) -> None:
+    """Write what was learned, by the run and by those beside it, where they have an A and a B."""
+    from unolora import analysis
+
+    own = {method: folder / "baselines" / method for method in settings.baselines} | {settings.method: folder}
+    found = [own[method] for method in (settings.method, *settings.baselines) if method in analysis.WITH_PAIRS]
+    if found:
+        analysis.write(analysis.analyze(found), folder / "analysis")
 
 
 def load_data(settings: Settings, root: Path | None = None) -> list[rows.TaskData]:
@@ -254,12 +268,12 @@ def _train_method(
     best = fit(trainer, checkpoint)
     if best is None:
         return int(trainer.state.global_step)
-    found = scoring.predictions(model, splits["test"], collate, settings.scoring)
+    answers = scoring.answers(model, tasks, splits["test"], collate, settings.scoring)
+    found = {row: values for row, (values, _) in answers.items()}
     scores = {"validation": best["validation"], "test": scoring.scored(tasks, splits["test"], found)}
     results = results_of(trainer, method, data, scores, best["step"], scoring.unparsed(tasks, found))
-    processes.first(
-        lambda: _finish(model, settings, method, data, checkpoints.best(best["step"]), checkpoints, results)
-    )
+    predicted, kept = _predictions(data, answers), checkpoints.best(best["step"])
+    processes.first(lambda: _finish(model, settings, method, data, kept, checkpoints, results, predicted))
     return None
 
 
@@ -306,6 +320,7 @@ def _finish(
     best: Path,
     checkpoints: Checkpoints,
     results: dict[str, Any],
+    predicted: dict[str, Any],
 ) -> None:
     """Write what a method leaves: its adapter, then its results, which say that it is finished."""
     if processes.sharded(model):  # here is only a part of it
@@ -314,6 +329,7 @@ def _finish(
     adapter = checkpoints.run / "adapter"
     runs.save_adapter(model, settings, method, [d.task for d in data], adapter)
     results["parameters"]["file_bytes"] = sum(p.stat().st_size for p in adapter.rglob("*") if p.is_file())
+    write_json(checkpoints.run / "predictions.json", predicted)
     write_json(checkpoints.run / "results.json", results)
     shutil.rmtree(checkpoints.folder)
 
@@ -392,6 +408,7 @@ class MultiTaskTrainer(Trainer):
         self._step = torch.zeros(3, len(tasks), dtype=_exact(args.device), device=args.device)
         self._since_log = torch.zeros_like(self._step[:2])  # the first two since the last line, of this rank
         self.skips = Skips()
+        self._pulls: dict[int, Tensor] = {}  # the running step's gradient of each task, where it is to be logged
 
     # --- a step is a function of (seed, step) ----------------------------------------------------------------------
 
@@ -424,6 +441,10 @@ class MultiTaskTrainer(Trainer):
         self._step[0] += torch.where(finite, losses, 0).sum(1)
         self._step[1] += finite.sum(1)
         self._step[2] += (own & ~finite).sum(1)
+        if self._conflict_is_due():
+            parameters = gradients.shared(self.model)
+            for row, gradient in gradients.of_tasks(out["losses"], inputs["tasks"], parameters).items():
+                self._pulls[row] = self._pulls.get(row, 0) + gradient
         return out["loss"]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -482,6 +503,23 @@ class MultiTaskTrainer(Trainer):
                 }
             )
         return found
+
+    def _conflict_is_due(self) -> bool:
+        every = self.settings.training.conflict_every
+        return every is not None and (self.state.global_step + 1) % every == 0 and self.model.training
+
+    def log_conflict(self) -> None:
+        """Write the cosines between the gradients of the step's tasks, if they were due, as a line of metrics.jsonl."""
+        if not self._pulls:
+            return
+        names = [self.tasks[row].name for row in sorted(self._pulls)]
+        cosines = gradients.cosines([self._pulls[row] for row in sorted(self._pulls)])
+        self._pulls = {}
+        table = {
+            name: {other: round(value, 4) for other, value in zip(names, row, strict=True) if other != name}
+            for name, row in zip(names, cosines, strict=True)
+        }
+        self._write_line(kind="conflict", step=self.state.global_step, cosines=table)
 
     # --- what is measured --------------------------------------------------------------------------------------------
 
@@ -610,6 +648,7 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the switches for what follows this step."""
+        self.trainer.log_conflict()
         asked = torch.tensor(float(self.trainer.stopped), device=args.device)
         self.trainer.stopped = bool(processes.largest(asked))  # a signal may reach the ranks at different steps
         if state.global_step == state.max_steps:
@@ -672,6 +711,35 @@ def last_checkpoint(folder: Path) -> Path | None:
     return paths[-1] if paths else None
 
 
+def _peak_bytes() -> int:
+    """Return the most memory held so far: of the accelerator, or else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _predictions(data: Sequence[rows.TaskData], answers: Mapping[int, tuple[Any, Any]]) -> dict[str, Any]:
+    """Gather predictions.json: of the test split all predictions, and the texts of the worst ones."""
+    tasks = {}
+    for row, d in enumerate(data):
+        values, confidence = answers[row]
+        split = d.splits["test"]
+        worst = metrics.worst(d.task, split.targets, values, confidence)[:WORST]
+        tasks[d.task.name] = {
+            "targets": split.targets.tolist(),
+            "predictions": [None if np.isnan(value) else round(value, 6) for value in values.tolist()],
+            "confidence": [None if np.isnan(value) else round(value, 4) for value in confidence.tolist()],
+            "worst": [
+                {"row": place, "texts": [text[:LONGEST] + "…" * (len(text) > LONGEST) for text in split.texts[place]]}
+                for place in worst
+            ],
+        }
+    return {"split": "test", "tasks": tasks}
+
+
 def results_of(
     trainer: MultiTaskTrainer,
     method: str,
@@ -731,6 +799,7 @@ def results_of(
             "trainable_percent": 100 * trainable / total,
             "per_task_percent": 100 * (trainable - heads) / backbone / len(tasks),  # counted as in the paper
         },
+        "memory": {"peak_bytes": _peak_bytes()},
         "time": {
             "train_seconds": round(trainer.train_seconds, 2),
             "evaluation_seconds": round(trainer.evaluation_seconds, 2),

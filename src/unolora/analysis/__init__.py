@@ -1,36 +1,63 @@
 """What was learned: numbers on the A's, B's and scales of runs, and whether they are alike between runs.
 
     collect.py   run folders -> A's, B's, scales        numbers.py   arrays -> numbers
-    ablate.py    scores without a part of the adapter
+    ablate.py    scores without a part of the adapter   figures.py   numbers -> figures
 
 "A generalises, B specialises" becomes a number here: how much more the row spaces of A overlap between tasks, methods
-or seeds than the column spaces of B do, both corrected for what random subspaces overlap. Runs of one seed may start
-from one A, so that overlap between them also says that A has moved little; runs of other seeds don't.
+or seeds than the column spaces of B do, both corrected for what random subspaces overlap. A starts at random and B at
+zero: where A has moved little, its overlap is that of two starts (none, or all of it for one seed). So the same is said
+of what training added to A ("moved A"), which B, all added, compares with.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from unolora.analysis import numbers
 from unolora.analysis.ablate import ablations
-from unolora.analysis.collect import Adapter, adapters_of, kind_of, layer_of, scales
-from unolora.atomic import new_folder
+from unolora.analysis.collect import (
+    PER_TASK,
+    SHARED,
+    Adapter,
+    Pair,
+    adapters_of,
+    encoded,
+    gradient_cosines,
+    kind_of,
+    layer_of,
+    scales,
+    short_names,
+    with_starts,
+)
+from unolora.atomic import new_folder, write_json
+from unolora.compare import method_settings, told_apart
 from unolora.errors import InputError
-from unolora.runs import load_run
+from unolora.runs import Run, load_run
 
 Array = np.ndarray[Any, Any]
 Row = dict[str, Any]
 
+WITH_PAIRS = (*SHARED, PER_TASK)
+"""Methods that can be analysed."""
 DRAWS = 1000
 """Of random subspaces and of permutations."""
 TABLES = ("table", "comparisons", "ablations", "summary")
+MOVED = "moved A"
+"""What training added to A, as a matrix of its own."""
+MATRICES = {
+    "A": (lambda pair: pair.A, True),
+    MOVED: (lambda pair: pair.moved, True),
+    "B": (lambda pair: pair.B, False),
+}  # fmt: skip
+"""Matrix -> how it is had of a pair, and whether its row space or its column space counts."""
 
 
 @dataclass
@@ -38,12 +65,14 @@ class Analysis:
     """What `analyze` found.
 
     Args:
-        table: A row for each number: run, label, seed, task, projection, layer, kind, matrix, measure, value. `task` is
+        table: A row for each number: run, label, seed, task, projection, layer, kind, matrix, shape, measure, value.
+            `task` is
             empty for what all tasks share.
         comparisons: A row for each kind of pair and each matrix: overlap with interval, random baseline, p-values.
         ablations: A row for each part switched off and each task, if asked for.
         summary: A row for each method and measure: the mean over projections, with an interval over seeds.
         arrays: Singular values, PCA, correlations, scales; named RUN/MATRIX/WHAT, or RUN:TASK/MATRIX/WHAT.
+        tasks: Run -> the names of its tasks, in the order of their rows.
         notes: What should be known when reading them, a line each.
     """
 
@@ -52,6 +81,7 @@ class Analysis:
     ablations: list[Row] = field(default_factory=list)
     summary: list[Row] = field(default_factory=list)
     arrays: dict[str, Array] = field(default_factory=dict)
+    tasks: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -63,33 +93,54 @@ def analyze(
     Args:
         runs: Run folders, or `RUN/baselines/METHOD`; seeds of one method belong together.
         against: Runs to compare them with.
-        rows: Validation rows of each task for the scales of UnoLoRA*; 0 leaves scales out, and no backbone is needed.
+        rows: Validation rows of each task for scales and gradients; 0 leaves them out, and where A started; then no
+            backbone is needed.
         ablate: Whether to score each run on its validation splits without each rank, each layer and the sample.
         seed: Of the random baseline and the permutations.
 
     Raises:
         InputError: A folder is no finished run of a method with A's and B's, or the runs adapt other projections.
     """
-    ours = list(itertools.chain.from_iterable(adapters_of(path) for path in _once(runs)))
-    theirs = list(itertools.chain.from_iterable(adapters_of(path) for path in _once(against)))
+    ours, theirs = _read(_once(runs), _once(against), starts=rows > 0)
     if not ours:
         raise InputError("nothing to analyse: give at least one run folder")
     _check_alike([*ours, *theirs])
     found, random = Analysis(), np.random.default_rng(seed)
-    here = {Path(adapter.run).resolve() for adapter in ours}
-    everyone = ours + [adapter for adapter in theirs if Path(adapter.run).resolve() not in here]
+    everyone = list({adapter.name: adapter for adapter in [*ours, *theirs]}.values())
     for adapter in everyone:
+        found.tasks[adapter.run] = list(adapter.tasks)
         _measure(adapter, found)
     _place(everyone, found)
     _compare(_pairs(ours, theirs), found, random)
-    if rows:
-        for path in _once(runs):
-            _scales(path, next(a for a in ours if a.run == str(path)), rows, found)
-    if ablate:
-        for path in _once(runs):
-            found.ablations += [{"run": str(path)} | row for row in ablations(load_run(path))]
+    for adapter in {adapter.run: adapter for adapter in ours}.values():
+        if not (rows or ablate):
+            continue
+        if not (adapter.folder / "config.yaml").is_file():
+            found.notes.append(
+                f"{adapter.run}: no scales and gradients, its folder has no config.yaml to load it with."
+            )
+            continue
+        run = load_run(adapter.folder)
+        if rows:
+            _of_rows(run, adapter, rows, found)
+        if ablate:
+            found.ablations += [{"run": adapter.run, "label": adapter.label} | row for row in ablations(run)]
     _summarise(found)
     return found
+
+
+def _read(ours: Sequence[Path], theirs: Sequence[Path], *, starts: bool) -> tuple[list[Adapter], list[Adapter]]:
+    """Read adapters under short names, and labels that tell their settings apart."""
+    folders = _once([*ours, *theirs])
+    read = [adapters_of(folder) for folder in folders]
+    known = [method_settings(folder, each[0].method) for folder, each in zip(folders, read, strict=True)]
+    labels = told_apart([each[0].label for each in read], known)
+    found = {}
+    for folder, adapters, name, label in zip(folders, read, short_names(folders), labels, strict=True):
+        named = [replace(adapter, run=name, label=label) for adapter in adapters]
+        found[folder.resolve()] = with_starts(named) if starts else named
+    ours_too, theirs_too = ([a for folder in each for a in found[folder.resolve()]] for each in (ours, theirs))
+    return ours_too, theirs_too
 
 
 def write(found: Analysis, folder: Path) -> None:
@@ -110,9 +161,41 @@ def write(found: Analysis, folder: Path) -> None:
             frame = pandas.DataFrame(getattr(found, name))
             frame.to_csv(inside / f"{name}.csv", index=False)
             frame.to_parquet(inside / f"{name}.parquet", index=False)
+        write_json(inside / "about.json", {"tasks": found.tasks, "notes": found.notes})
         save_file(
             {key: np.ascontiguousarray(value) for key, value in found.arrays.items()}, inside / "arrays.safetensors"
         )
+
+
+def read(folder: Path) -> Analysis:
+    """Read what `write` wrote.
+
+    Raises:
+        InputError: A file is missing or not what `write` wrote.
+    """
+    import pandas
+    from safetensors.numpy import load_file
+
+    found = Analysis()
+    try:
+        found.arrays = load_file(folder / "arrays.safetensors")
+        for name in TABLES:
+            if (folder / f"{name}.parquet").is_file():
+                frame = pandas.read_parquet(folder / f"{name}.parquet")
+                setattr(found, name, frame.astype(object).where(frame.notna(), None).to_dict("records"))
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        found.tasks, found.notes = dict(about["tasks"]), list(about["notes"])
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        SafetensorError,
+    ) as error:
+        raise InputError(
+            f"{folder}: expected the numbers that `unolora analyze` writes: {error}; write them again"
+        ) from error
+    return found
 
 
 def _empty(folder: Path) -> bool:
@@ -141,10 +224,6 @@ def _check_alike(adapters: Sequence[Adapter]) -> None:
                 )
 
 
-def _name(adapter: Adapter) -> str:
-    return f"{adapter.run}:{adapter.task}" if adapter.task else adapter.run
-
-
 def _row(adapter: Adapter, projection: str, matrix: str, measure: str, value: float, task: str = "") -> Row:
     return {
         "run": adapter.run,
@@ -155,15 +234,24 @@ def _row(adapter: Adapter, projection: str, matrix: str, measure: str, value: fl
         "layer": layer_of(projection),
         "kind": kind_of(projection),
         "matrix": matrix,
+        "shape": _shape(getattr(adapter.pairs[projection], matrix)) if matrix in "AB" else "",
         "measure": measure,
         "value": float(value),
     }
+
+
+def _shape(matrix: Array) -> str:
+    return " x ".join(map(str, matrix.shape))
 
 
 # ---------------------------------------------------------------- each adapter
 
 
 def _measure(adapter: Adapter, found: Analysis) -> None:
+    if adapter.started:
+        for projection, pair in adapter.pairs.items():
+            for measure, value in _way(pair).items():
+                found.table.append(_row(adapter, projection, "A", measure, value))
     for matrix in "AB":
         matrices = [getattr(pair, matrix) for pair in adapter.pairs.values()]
         for projection, each in zip(adapter.pairs, matrices, strict=True):
@@ -172,21 +260,31 @@ def _measure(adapter: Adapter, found: Analysis) -> None:
         values = [numbers.singular_values(each) for each in matrices]
         longest = max(map(len, values))
         padded = np.stack([np.pad(each, (0, longest - len(each))) for each in values])  # [P, R]
-        found.arrays[f"{_name(adapter)}/{matrix}/singular values"] = padded
-        found.arrays[f"{_name(adapter)}/{matrix}/eigenvalues"] = np.square(padded)
-        found.arrays[f"{_name(adapter)}/{matrix}/correlations"] = numbers.correlations(matrices)
+        found.arrays[f"{adapter.name}/{matrix}/singular values"] = padded
+        found.arrays[f"{adapter.name}/{matrix}/eigenvalues"] = np.square(padded)
+        found.arrays[f"{adapter.name}/{matrix}/correlations"] = numbers.correlations(matrices)
+
+
+def _way(pair: Pair) -> dict[str, float]:
+    """Say how far A is from its start."""
+    assert pair.start is not None
+    start, end = (numbers.basis(each, rows=True) for each in (pair.start, pair.A))
+    return {
+        "distance from its start / norm of the start": float(np.linalg.norm(pair.moved) / np.linalg.norm(pair.start)),
+        "overlap with its start": numbers.overlap(start, end),
+    }
 
 
 def _place(adapters: Sequence[Adapter], found: Analysis) -> None:
     """Put the matrices of all adapters into one plane; those of another shape into another."""
     for matrix in "AB":
-        shapes: dict[tuple[int, ...], list[tuple[Adapter, str]]] = {}
+        shapes: dict[str, list[tuple[Adapter, str]]] = {}
         for adapter in adapters:
             for projection, pair in adapter.pairs.items():
-                shapes.setdefault(getattr(pair, matrix).shape, []).append((adapter, projection))
+                shapes.setdefault(_shape(getattr(pair, matrix)), []).append((adapter, projection))
         for shape, owners in shapes.items():
             coordinates, shares = numbers.pca([getattr(a.pairs[name], matrix) for a, name in owners])
-            key = f"pca/{matrix}/{'x'.join(map(str, shape))}"
+            key = f"pca/{matrix}/{shape}"
             found.arrays |= {f"{key}/coordinates": coordinates, f"{key}/share of variance": shares}
             for (adapter, projection), place in zip(owners, coordinates, strict=True):
                 for axis, value in enumerate(place, start=1):
@@ -222,11 +320,15 @@ def _compare(pairs: Sequence[Pairing], found: Analysis, random: np.random.Genera
         units = [(one.seed, other.seed) for one, other in group]
         head = {"label": labels, "relation": relation, "pairs": len(group), "seeds": len(set(sum(units, ())))}
         corrected = {}
-        for matrix in "AB":
+        started = all(adapter.started for pair in group for adapter in pair)
+        for matrix in MATRICES:
+            if matrix == MOVED and not started:
+                continue
             row, corrected[matrix] = _overlap(group, units, matrix, random)
             found.comparisons.append(head | {"matrix": matrix} | row)
-        mean, half = numbers.pair_interval(list(corrected["A"] - corrected["B"]), units)
-        found.comparisons.append(head | {"matrix": "A - B", "above chance": mean, "above chance ±": half})
+        for matrix in [name for name in corrected if name != "B"]:
+            mean, half = numbers.pair_interval(list(corrected[matrix] - corrected["B"]), units)
+            found.comparisons.append(head | {"matrix": f"{matrix} - B", "above chance": mean, "above chance ±": half})
     if any(relation == "same seed" for _, relation in groups):
         found.notes.append(
             "Runs of the same seed may start from the same A: overlap between them also says how little A has moved."
@@ -278,28 +380,28 @@ def _overlap(
 
 
 def _bases(adapter: Adapter, matrix: str) -> list[Array]:
-    return [numbers.basis(getattr(pair, matrix), rows=matrix == "A") for pair in adapter.pairs.values()]
+    take, rows = MATRICES[matrix]
+    return [numbers.basis(take(pair), rows=rows) for pair in adapter.pairs.values()]
 
 
 def _correlation(one: Adapter, other: Adapter, matrix: str) -> float:
     """Return the mean over projections of the correlation, entry by entry; NaN where the ranks differ."""
-    pairs = [(getattr(pair, matrix), getattr(other.pairs[name], matrix)) for name, pair in one.pairs.items()]
+    take, _ = MATRICES[matrix]
+    pairs = [(take(pair), take(other.pairs[name])) for name, pair in one.pairs.items()]
     return float(np.mean([numbers.correlations([a], [b])[0, 0] for a, b in pairs]))
 
 
-# ---------------------------------------------------------------- scales
+# ---------------------------------------------------------------- scales and gradients
 
 
-def _scales(path: Path, adapter: Adapter, rows: int, found: Analysis) -> None:
-    if adapter.method != "unolora":
-        return
-    if not (path / "config.yaml").is_file():
-        found.notes.append(f"{path}: scales are left out, a baseline's folder has no config.yaml to load it with.")
-        return
-    run = load_run(path)
-    if run.settings.adapter.conditioning == "none":
-        return
-    of_tasks = scales(run, limit=rows)
+def _of_rows(run: Run, adapter: Adapter, rows: int, found: Analysis) -> None:
+    splits = encoded(run, "validation", rows, answers=True)
+    found.arrays[f"{adapter.run}/gradients/cosines"] = gradient_cosines(run, splits)
+    if run.settings.method == "unolora" and run.settings.adapter.conditioning != "none":
+        _scales(adapter, scales(run, splits), found)
+
+
+def _scales(adapter: Adapter, of_tasks: Mapping[str, Array], found: Analysis) -> None:
     s, tasks = (
         np.concatenate(list(of_tasks.values())),
         np.repeat(np.arange(len(of_tasks)), [*map(len, of_tasks.values())]),
@@ -308,7 +410,7 @@ def _scales(path: Path, adapter: Adapter, rows: int, found: Analysis) -> None:
     between, within = numbers.variances(s, tasks)
     off, shares = numbers.switched_off(means), numbers.task_shares(between, within)
     found.arrays |= {
-        f"{path}/s/{what}": value
+        f"{adapter.run}/s/{what}": value
         for what, value in {
             "mean": means,
             "spread over samples": spreads,

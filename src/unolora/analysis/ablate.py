@@ -7,38 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from unolora import scoring
-from unolora.analysis.collect import block_of
-from unolora.data import Collator, Encoded
+from unolora.analysis.collect import block_of, encoded, factors
+from unolora.data import Collator
 from unolora.errors import InputError, unknown
-from unolora.runs import Run, encode_rows
-from unolora.tasks.rows import load
+from unolora.runs import Run
 
 Row = dict[str, Any]
 
 
-def ups(run: Run) -> dict[str, list[nn.Parameter]]:
+def ups(run: Run) -> dict[str, list[Tensor]]:
     """Return the B's [D_out, R] of a run's adapters (one, or one for each task) by projection.
 
     Raises:
         InputError: The method has none.
     """
-    backbone: Any = run.model.method.backbone
-    tuner = getattr(backbone, "base_model", None)
-    inside = getattr(tuner, "model", nn.Module())
-    found: dict[str, list[nn.Parameter]] = {}
-    for name, module in inside.named_modules():
-        if isinstance(getattr(module, "uno_B", None), nn.ParameterDict):
-            found[name] = list(module.uno_B.values())
-        elif isinstance(getattr(module, "lora_B", None), nn.ModuleDict) and len(module.lora_B):
-            found[name] = [up.weight for up in module.lora_B.values()]
+    of_adapters = factors(run.model.method.backbone, "B")
+    found = {name: list(each.values()) for name, each in of_adapters.items()}
     if not found:
         raise InputError(
             f"{run.folder}: method {run.settings.method!r} has no A and B whose ranks could be switched off"
@@ -132,7 +122,7 @@ def ablations(run: Run, *, split: str = "validation", limit: int | None = None) 
         InputError: The method has no ranks, or the data can't be read any more.
     """
     all_of_them = ups(run)
-    splits, collate = _splits(run, split, limit), Collator(run.tokenizer)
+    splits, collate = encoded(run, split, limit), Collator(run.tokenizer)
 
     def evaluate() -> dict[str, dict[str, float]]:
         return scoring.evaluate(run.model, run.tasks, splits, collate, run.settings.scoring)
@@ -157,15 +147,4 @@ def _rows(what: str, scores: Mapping[str, Mapping[str, float]], whole: Mapping[s
         metric, score = next(iter(metrics.items()))
         change = score - whole[task][metric]
         found.append({"without": what, "task": task, "metric": metric, "score": score, "change": change})
-    return found
-
-
-def _splits(run: Run, split: str, limit: int | None) -> dict[int, Encoded]:
-    data = run.settings.data
-    root = None if data.root is None else Path(data.root)
-    found = {}
-    for row, task in enumerate(run.tasks):
-        rows = load(task, root=root, limit=data.limit, evaluation_limit=data.evaluation_limit).splits[split]
-        few = rows if limit is None else rows.take(np.arange(min(limit, len(rows))))
-        found[row] = encode_rows(run.model, row, few, run.tokenizer, data.max_length)
     return found

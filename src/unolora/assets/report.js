@@ -8,6 +8,8 @@
     spec: JSON.parse(host.nextElementSibling.textContent),
     hidden: new Set(),
   }));
+  // A finger that scrolls the page must not zoom a figure.
+  const zooms = matchMedia("(hover: hover) and (pointer: fine)").matches;
   const probe = document.body.appendChild(document.createElement("span"));
   probe.hidden = true;
 
@@ -17,22 +19,39 @@
     return getComputedStyle(probe).color;
   };
 
+  const faint = (paint) => paint.replace(/^rgb\((.*)\)$/, "rgba($1, 0.18)");
+
+  // A trace's `meta` is the number of a series, or the name of a heat map's scale.
+  const dress = (trace) => {
+    if (trace.type === "heatmap") {
+      const [low, middle, high] = [colour("low"), colour("panel"), colour("high")];
+      trace.colorscale = trace.meta === "diverging" ? [[0, low], [0.5, middle], [1, high]] : [[0, middle], [1, high]];
+      trace.colorbar = { ...trace.colorbar, tickcolor: colour("muted"), tickfont: { color: colour("ink") } };
+      return;
+    }
+    const paint = colour(`series-${trace.meta % 8}`);
+    if (trace.marker || trace.type === "bar") trace.marker = { ...trace.marker, color: paint };
+    if (trace.line) trace.line.color = paint;
+    if (trace.fill) trace.fillcolor = faint(paint);
+    for (const bar of ["error_x", "error_y"]) {
+      if (trace[bar]) trace[bar].color = trace.type === "bar" ? colour("ink") : paint;
+    }
+  };
+
   const axis = (given) => ({
     automargin: true,
     gridcolor: colour("rule"),
     linecolor: colour("muted"),
     zerolinecolor: colour("muted"),
     zerolinewidth: 1,
-    fixedrange: true,
+    fixedrange: !zooms,
     ...given,
   });
 
   const draw = ({ host, spec, hidden }) => {
     const { data, layout } = structuredClone(spec);
     for (const trace of data) {
-      const paint = colour(`series-${trace.meta % 8}`);
-      trace.marker = { ...trace.marker, color: paint };
-      if (trace.line) trace.line.color = paint;
+      dress(trace);
       trace.visible = !hidden.has(trace.meta);
     }
     for (const shape of layout.shapes ?? []) shape.line = { color: colour("muted"), width: 1, dash: "dot" };
@@ -42,14 +61,14 @@
       font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: colour("ink") },
       hoverlabel: { bgcolor: colour("panel"), bordercolor: colour("rule"), namelength: -1, font: { color: colour("ink") } },
       showlegend: false,
-      dragmode: false,
+      dragmode: zooms && "zoom",
       bargroupgap: 0.08,
       ...layout,
       margin: { l: 8, r: 10, t: 18, b: 28, ...layout.margin },
       width: host.clientWidth,
       xaxis: axis(layout.xaxis),
       yaxis: axis(layout.yaxis),
-    }, { displayModeBar: false });
+    }, { displayModeBar: zooms ? "hover" : false, displaylogo: false, modeBarButtons: [["resetScale2d"]] });
   };
   const drawAll = () => {
     if (window.Plotly) plots.forEach(draw);
