@@ -18,7 +18,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ALLOWED = {
     "errors": set(),
     "config": set(),
-    "layer": set(),
+    "fused": set(),
+    "layer": {"fused"},
     "hypernetwork": set(),
     "checkpoint": {"config"},
     "model": {"checkpoint", "config", "hypernetwork", "layer"},
@@ -37,11 +38,12 @@ ALLOWED = {
     "compare": {"runs", "settings"},
     "progress": {"training"},
     "doctor": {"tasks"},
+    "bench": {"atomic", "config", "doctor", "model"},
     "training": {
         "atomic", "data", "heads", "methods", "metrics", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
     "cli": {
-        "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
+        "bench", "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
         "training"
     },
 }  # fmt: skip
