@@ -18,7 +18,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ALLOWED = {
     "errors": set(),
     "config": set(),
-    "layer": set(),
+    "fused": set(),
+    "layer": {"fused"},
     "hypernetwork": set(),
     "checkpoint": {"config"},
     "model": {"checkpoint", "config", "hypernetwork", "layer"},
@@ -46,6 +47,7 @@ ALLOWED = {
     "report": {"analysis", "atomic", "charts", "compare", "metrics", "runs"},
     "progress": {"training"},
     "doctor": {"tasks"},
+    "bench": {"atomic", "config", "doctor", "model"},
     "training": {
         "analysis", "atomic", "data", "gradients", "heads", "lock", "methods", "metrics", "processes", "recovery",
         "report", "runs", "sampling", "scoring", "settings", "tasks"
@@ -62,8 +64,8 @@ ALLOWED = {
         "tasks", "text", "training",
     },
     "cli": {
-        "analysis", "compare", "doctor", "export", "grow", "metrics", "progress", "report", "runs", "scoring",
-        "serving", "settings", "tasks", "training",
+        "analysis", "bench", "compare", "doctor", "export", "grow", "metrics", "progress", "report", "runs",
+        "scoring", "serving", "settings", "tasks", "training",
     },
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}

@@ -392,6 +392,26 @@ def doctor(arguments: Sequence[str]) -> int:
     return 0
 
 
+def bench(arguments: Sequence[str]) -> int:
+    """Measure, print the ratios, and write benchmarks.md."""
+    from unolora.bench.run import MEASUREMENTS, number, run, wanted
+    from unolora.bench.timing import ROUNDS
+
+    parser = _Parser("bench")
+    parser.add_argument("name", nargs="*", help=f"measurements, by default all: {', '.join(MEASUREMENTS)}")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="that a median is taken over; default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks.md"), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    _quiet_libraries()
+    for name, lines in run(options.name, options.rounds, options.output):
+        table = Table("what", "measured against", "ratio", "reach", title=name)
+        for line in lines:
+            table.add_row(line.what, line.against, number(line), wanted(line))
+        _console().print(table)
+    _write(f"written  {options.output}")
+    return 0
+
+
 def _train_settings(arguments: list[str]) -> tuple[run_settings.Settings, Path | None, bool]:
     """Read the YAML file and the flags of `unolora train`: (settings, the file's folder, whether to resume)."""
     from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings

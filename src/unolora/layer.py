@@ -8,7 +8,8 @@
 
 With s = 1 this is LoRA (eq. 1). The scale comes from the hypernetwork (`hypernetwork.py`), which runs once a batch for
 all projections together; a layer only multiplies. So any mix of tasks in a batch costs one task's time, and a scale
-that does not depend on the sample can be merged into W.
+that does not depend on the sample can be merged into W. `fused.py` has the two products, A x and y + B h, with
+gradients that cost less than torch's own.
 
 Axes: B samples of a batch, N rows of a layer's input (B, or B x beams), T tokens, D width, R rank, P positions.
 """
@@ -19,12 +20,13 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from unolora.errors import InputError
+from unolora.fused import down, up
 
 
 class _Current(threading.local):
@@ -83,7 +85,7 @@ class UnoLoraLayer(nn.Module):
         self.uno_A[name] = nn.Parameter(torch.empty(r, self.d_in))
         self.uno_B[name] = nn.Parameter(torch.zeros(self.d_out, r))
         nn.init.kaiming_uniform_(self.uno_A[name], a=math.sqrt(5))
-        self.uno_dropout[name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.uno_dropout[name] = nn.Dropout(dropout)
         self.scaling[name] = alpha / r
 
     def applied(self) -> list[str]:
@@ -95,17 +97,16 @@ class UnoLoraLayer(nn.Module):
         y: Tensor = self.base_layer(x, *args, **kwargs)  #     [N, T, D_out]
         dtype = y.dtype
         for name in self.applied():
-            y = y + self.update(name, x)
+            y = up(y, self.reduced(name, x), self.uno_B[name])
         return y.to(dtype)
 
-    def update(self, name: str, x: Tensor) -> Tensor:
-        """Compute (alpha / r) B diag(s) A x for the rows of x."""
-        A, B = self.uno_A[name], self.uno_B[name]  #            [R, D_in], [D_out, R]
-        h = F.linear(self.uno_dropout[name](x.to(A.dtype)), A)  # [N, T, R]
+    def reduced(self, name: str, x: Tensor) -> Tensor:
+        """Compute (alpha / r) diag(s) A x, with dropout on x in training, for the rows of x."""
+        A, dropout = self.uno_A[name], cast(nn.Dropout, self.uno_dropout[name])
+        h = down(x.to(A.dtype), A, dropout.p if dropout.training else 0.0) * self.scaling[name]  # [N, T, R]
         if name in self.position:
-            s = self.scale(name)  #                            [B, R]
-            h = h * _rows(s, h).to(h.dtype)
-        return F.linear(h, B) * self.scaling[name]  #          [N, T, D_out]
+            h = h * _rows(self.scale(name), h).to(h.dtype)
+        return h
 
     def scale(self, name: str) -> Tensor:
         """Return this projection's s for the forward that runs, [B, R].
