@@ -45,7 +45,7 @@ ALLOWED = {
         "scoring", "settings", "tasks"
     },
     "cli": {
-        "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
+        "compare", "doctor", "metrics", "processes", "progress", "report", "runs", "scoring", "settings", "tasks",
         "training"
     },
 }  # fmt: skip

@@ -7,7 +7,8 @@ is a rank; rank 0 writes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,28 @@ def start() -> None:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.accelerator.is_available())
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def watched(how_to_go_on: str) -> Iterator[None]:
+    """Say in one line that another process is gone, which the communication libraries tell at length.
+
+    Raises:
+        ProcessLostError: One is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if count() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            reason = " ".join(str(error).split())[:200]
+            raise ProcessLostError(f"another process of the run is gone; {how_to_go_on} ({reason})") from error
+        raise
 
 
 def rank() -> int:

@@ -15,7 +15,7 @@ from unolora.data import Collator, Encoded
 from unolora.errors import InputError
 from unolora.runs import NO_GENERATION, Model, Run, check_data, digests, encode_rows
 from unolora.tasks import Task
-from unolora.tasks.rows import Rows, load
+from unolora.tasks.rows import Rows, StreamedRows, load
 from unolora.text import TextModel
 
 Row = tuple[int, Encoded, int]
@@ -152,6 +152,9 @@ def evaluate_run(run: Run, split: str) -> tuple[dict[str, dict[str, float]], dic
     limit, fewer = settings.limit, settings.evaluation_limit
     data = [load(task, root=root, limit=limit, evaluation_limit=fewer) for task in run.tasks]  # labels as in training
     check_data(run.folder, digests(data), split)
+    for d in data:
+        if isinstance(d.splits[split], StreamedRows):
+            raise InputError(f"the {split} rows of task {d.task.name!r} are streamed, which are not scored as a whole")
     splits = {
         row: encode_rows(run.model, row, d.splits[split], run.tokenizer, settings.max_length)
         for row, d in enumerate(data)

@@ -71,9 +71,16 @@ def train(settings: Settings, *, root: Path | None = None, resume: bool = False,
     Raises:
         InputError: Something given can't be used; nothing was written.
         Interrupted: A signal stopped it; the checkpoint to go on from was written.
+        ProcessLostError: Another process of the run failed or is gone.
     """
     processes.start()
     folder = Path(settings.output or "runs/run")
+    with processes.watched(runs.how_to_go_on(folder)):
+        _train(settings, folder, root, resume, progress)
+    return folder
+
+
+def _train(settings: Settings, folder: Path, root: Path | None, resume: bool, progress: Any) -> None:
     processes.first(lambda: _check_folder(folder, settings, resume))
     _check_integrations(settings)
     data = load_data(settings, root)
@@ -96,7 +103,6 @@ def train(settings: Settings, *, root: Path | None = None, resume: bool = False,
         from unolora.report import write_report
 
         processes.first(lambda: write_report(folder) and None)
-    return folder
 
 
 def load_data(settings: Settings, root: Path | None = None) -> list[rows.TaskData]:
@@ -685,7 +691,7 @@ def _results(
                 "kind": d.task.kind,
                 "score_metric": d.task.metrics[0],
                 "labels": list(d.task.labels),
-                "rows": {split: len(found.targets) for split, found in d.splits.items()},
+                "rows": {split: len(found) for split, found in d.splits.items()},
                 "sampling": {"planned": float(trainer.sampler.probabilities[row]), "seen": seen[name]},
                 "metrics": {split: scores[split][name] for split in ("validation", "test")},
                 "baseline": {"name": constant, "metrics": trivial},
