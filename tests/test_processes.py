@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import tiny
 import tiny_text
@@ -26,8 +27,6 @@ FSDP = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
-BERT = {**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "BertLayer"}
-T5 = {**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "T5Block"}
 PLAIN = {"adapter": {"r": 4, "dropout": 0.0}, "training": {"log_every": 1}}
 RANDOM = ("poly", "c-poly")  # draw their skills anew in each forward, each rank its own
 
@@ -134,6 +133,43 @@ def test_a_batch_that_ranks_can_not_share_is_refused(tmp_path, monkeypatch):
         training.train(tiny.settings(tmp_path / "run"))
 
 
+def test_layers_are_the_units_and_embeddings_are_not():
+    settings = tiny.settings()
+    for folder, name in ((settings.backbone, "BertLayer"), (str(tiny_text.backbone("t5")), "T5Block")):
+        changed = from_dict(tiny.spelled(backbone=folder, tasks=tiny_text.tasks()))
+        model, _ = training._build(changed, "unolora", training.load_data(changed))
+        assert processes.layers(model) == [name]
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match="DeepSpeed alone can write its part of a checkpoint.*; use DDP or FSDP2"):
+        training.train(tiny.settings(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+CONFIGS = sorted(Path(__file__).parents[1].glob("configs/accelerate/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_are_what_accelerate_reads(path):
+    """Its own reader refuses a key that it does not know; the launcher must take what it gives."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(path))
+    spelled = yaml.safe_load(path.read_text())
+    for name, value in spelled.items():
+        assert getattr(getattr(config, name), "value", getattr(config, name)) == value, name
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "-m", "unolora", "train"])
+    for section in ("fsdp_config", "deepspeed_config"):
+        for name in spelled.get(section, {}):
+            assert hasattr(arguments, name), f"accelerate has no --{name}"
+    wanted = {"1-gpu": 1, "8-gpus": 8, "2-nodes": 16, "fsdp2": 8, "deepspeed-zero2": 8}
+    assert config.num_processes == wanted.pop(path.stem)
+    assert {other.stem for other in CONFIGS} == {path.stem, *wanted}
+
+
 # --- several -------------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +220,7 @@ def test_parts_of_weights_train_as_whole_ones_do(n, tmp_path):
         {"settings": plain(tmp_path / "full", method="full")},
         {"settings": plain(tmp_path / "stopped"), "at": 7, "do": "ask"},
     ]
-    found = ran(tmp_path, jobs if n == 2 else jobs[:1], n, **BERT)
+    found = ran(tmp_path, jobs if n == 2 else jobs[:1], n, **FSDP)
     for job, ranks in zip(jobs, found, strict=False):
         assert {rank["wrapped"] for rank in ranks} == {"FSDPMultiTaskModel"}
         run = Path(job["settings"]["output"])
@@ -199,7 +235,7 @@ def test_parts_of_weights_train_as_whole_ones_do(n, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environment", [{}, T5], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["ddp", "fsdp2"])
 def test_text_to_text_on_two_ranks(environment, tmp_path):
     changes = {"backbone": str(tiny_text.backbone("t5")), "tasks": tiny_text.tasks(), "data": {"max_length": 64}}
     settings = tiny.spelled(tmp_path / "run", **PLAIN, **changes)

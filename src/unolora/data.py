@@ -152,6 +152,19 @@ class TaskRows(Dataset[Any]):
         return task, *self.splits[task].at(row)
 
 
+def check_parts(batch_size: int, accumulation: int, world_size: int) -> None:
+    """Check that a step's batch can be cut into equal parts.
+
+    Raises:
+        InputError: It can't; unequal parts would weigh rows differently.
+    """
+    if batch_size % (accumulation * world_size):
+        raise InputError(
+            f"`training.batch_size` {batch_size} can't be cut into equal parts for {world_size} processes with a "
+            f"`gradient_accumulation` of {accumulation}; choose a multiple of {accumulation * world_size}"
+        )
+
+
 class TrainingBatches(TorchSampler[list[tuple[int, int]]]):
     """This rank's micro-batches from a given step on, each computed from (seed, step) and never remembered.
 
@@ -182,11 +195,7 @@ class TrainingBatches(TorchSampler[list[tuple[int, int]]]):
     ) -> None:
         self.sampler, self.lengths, self.steps, self.start = sampler, lengths, steps, start
         self.accumulation, self.rank, self.world_size = accumulation, rank, world_size
-        if sampler.batch_size % (accumulation * world_size):
-            raise InputError(
-                f"`training.batch_size` {sampler.batch_size} can't be cut into equal parts for {world_size} processes "
-                f"with a `gradient_accumulation` of {accumulation}; choose a multiple of {accumulation * world_size}"
-            )
+        check_parts(sampler.batch_size, accumulation, world_size)
 
     def __len__(self) -> int:
         return self.steps * self.accumulation

@@ -100,6 +100,19 @@ def largest(values: Tensor) -> Tensor:
     return _reduced(values, dist.ReduceOp.MAX)
 
 
+def layers(model: nn.Module) -> list[str]:
+    """Return the classes of a model's layers, which FSDP2 takes as its units.
+
+    They are what stands in a list and the host calls indivisible. An embedding is also called so, but a method may read it
+    from outside.
+    """
+    whole = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or []}
+    stacked = {
+        type(item).__name__ for module in model.modules() if isinstance(module, nn.ModuleList) for item in module
+    }
+    return sorted(whole & stacked)
+
+
 def sharded(model: nn.Module) -> bool:
     """Return whether the ranks hold parts of a model's weights (FSDP2)."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

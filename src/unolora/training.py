@@ -82,6 +82,10 @@ def train(settings: Settings, *, root: Path | None = None, resume: bool = False,
 
 def _train(settings: Settings, folder: Path, root: Path | None, resume: bool, progress: Any) -> None:
     processes.first(lambda: _check_folder(folder, settings, resume))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise InputError(
+            "DeepSpeed alone can write its part of a checkpoint, and does so with pickle; use DDP or FSDP2"
+        )
     _check_integrations(settings)
     data = load_data(settings, root)
     model, tokenizer = _build(settings, settings.method, data)  # what can't be built or read is known before
@@ -356,6 +360,7 @@ class MultiTaskTrainer(Trainer):
             report_to=t.report_to or "none",
             ddp_find_unused_parameters=not model.method.mixes,  # a rank's rows may lack a task, and so its parameters
         )
+        model._no_split_modules = processes.layers(model)  # type: ignore[assignment]  # where Accelerate looks for it
         trained, validated = (TaskRows(list(splits[name].values())) for name in ("train", "validation"))
         super().__init__(model, args, data_collator=collate, train_dataset=trained, eval_dataset=validated)
         self.remove_callback(PrinterCallback)
