@@ -30,7 +30,7 @@ class Spoil(tiny.Watch):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.task is None:
-            name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
+            parameter = next(p for p in model.parameters() if p.requires_grad)
             parameter.register_hook(lambda gradient: gradient * self.value if self.now() else gradient)
         else:
             real = model.heads.losses
@@ -90,7 +90,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(tmp_path):
     assert tiny.results(tmp_path / "run")["skipped"] == {"steps": 1, "tasks": {}}
     lines = [line for line in tiny.lines(tmp_path / "run") if line["kind"] == "train"]
     assert sum(lines[0]["seen"].values()) == 40, "the rows of the step were drawn"
-    assert [line["kind"] for line in tiny.lines(tmp_path / "run")][0] == "skipped"
+    assert tiny.lines(tmp_path / "run")[0]["kind"] == "skipped"
 
 
 def test_steps_after_a_skipped_one_are_those_of_a_run_that_knows_of_it(tmp_path):
@@ -112,9 +112,7 @@ def test_steps_after_a_skipped_one_are_those_of_a_run_that_knows_of_it(tmp_path)
 def test_too_many_in_a_row_stop_the_run_and_leave_the_rows(tmp_path):
     run = tmp_path / "run"
     settings = tiny.settings(run, training={"max_skipped": 3, "log_every": 1})
-    words = (
-        r"the loss of task 'mood' is not finite at step 7, the 3. in a row: training diverged; try a lower .*rate` \("
-    )
+    words = r"the loss of task 'mood' is not finite at step 7, the 3. in a row: training diverged; try a lower"
     with pytest.raises(InputError, match=words):
         spoiled(settings, steps=[2, 5, 6, 7], task=0)
     trainer = spoiled.last.trainer
@@ -135,7 +133,7 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_rows(tmp_path):
 def test_a_training_that_diverges_is_not_saved_as_good(tmp_path):
     """Its weights would be NaN if a step were taken."""
     settings = tiny.settings(tmp_path / "run", training={"max_skipped": 1})
-    with pytest.raises(InputError, match="a gradient is not finite at step 5, the 1. in a row"):
+    with pytest.raises(InputError, match=r"a gradient is not finite at step 5, the 1. in a row"):
         spoiled(settings, steps=[5])
     assert all(value.isfinite().all() for value in runs.state(spoiled.last.trainer.model).values())
 
@@ -153,9 +151,7 @@ def test_the_host_looks_at_the_device_once_a_step(tmp_path, monkeypatch):
 
 
 def test_fp16_is_refused_with_the_reason():
-    with pytest.raises(
-        InputError, match=r"can't be fp16: T5.* overflow its largest number, 65504.*; use bf16"
-    ) as error:
+    with pytest.raises(InputError, match=r"can't be fp16: T5.* overflow its largest number.*; use bf16") as error:
         from_dict(tiny.spelled(training={"precision": "fp16"}))
     assert "\n" not in str(error.value)
 

@@ -129,6 +129,7 @@ def test_methods_that_run_task_by_task_are_refused_with_fsdp(tmp_path, monkeypat
 
 def test_a_batch_that_ranks_can_not_share_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr(processes, "first", lambda function: function())
     with pytest.raises(InputError, match="can't be cut into equal parts for 3 processes"):
         training.train(tiny.settings(tmp_path / "run"))
 
@@ -143,7 +144,7 @@ def test_layers_are_the_units_and_embeddings_are_not():
 
 def test_deepspeed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(InputError, match="DeepSpeed alone can write its part of a checkpoint.*; use DDP or FSDP2"):
+    with pytest.raises(InputError, match=r"DeepSpeed alone can write its part of a checkpoint.*; use DDP or FSDP2"):
         training.train(tiny.settings(tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
 

@@ -103,8 +103,8 @@ def largest(values: Tensor) -> Tensor:
 def layers(model: nn.Module) -> list[str]:
     """Return the classes of a model's layers, which FSDP2 takes as its units.
 
-    They are what stands in a list and the host calls indivisible. An embedding is also called so, but a method may read it
-    from outside.
+    They are what stands in a list and the host calls indivisible. An embedding is also called so, but a method may read
+    it from outside.
     """
     whole = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or []}
     stacked = {

@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from unolora import lock, metrics, processes, recovery, runs, scoring
 from unolora.atomic import explained, is_temporary, new_folder, sweep, write_json, write_text
-from unolora.data import Collator, Encoded, TaskRows, TrainingBatches
+from unolora.data import Collator, Encoded, TaskRows, TrainingBatches, check_parts
 from unolora.errors import InputError
 from unolora.heads import Moments
 from unolora.methods import label
@@ -86,6 +86,7 @@ def _train(settings: Settings, folder: Path, root: Path | None, resume: bool, pr
         raise InputError(
             "DeepSpeed alone can write its part of a checkpoint, and does so with pickle; use DDP or FSDP2"
         )
+    check_parts(settings.training.batch_size, settings.training.gradient_accumulation, processes.count())
     _check_integrations(settings)
     data = load_data(settings, root)
     model, tokenizer = _build(settings, settings.method, data)  # what can't be built or read is known before
