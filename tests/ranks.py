@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import conftest  # noqa: F401  # threads, offline
 import tiny
-from unolora import processes, recovery, training
+from unolora import processes, recovery, runs, training
 from unolora.settings import from_dict
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -84,11 +84,12 @@ def fsdp_on_a_processor():
 
 
 def main():
-    faulthandler.dump_traceback_later(240, exit=True)  # a rank that waits for ever says where
+    faulthandler.dump_traceback_later(int(os.environ.get("PATIENCE", "200")), exit=True)  # a rank that waits for ever says where
     if os.environ.get("ACCELERATE_USE_FSDP"):
         fsdp_on_a_processor()
     for number, job in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         found, watches = {"error": None}, []
+        recovery.save_tensors = runs.save_tensors
 
         def progress(label, trainer, job=job, watches=watches):
             watches.append(Watch(trainer, job))
