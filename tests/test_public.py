@@ -64,8 +64,8 @@ ALLOWED = {
         "tasks", "text", "training",
     },
     "cli": {
-        "analysis", "bench", "compare", "doctor", "export", "grow", "metrics", "progress", "report", "runs",
-        "scoring", "serving", "settings", "tasks", "training",
+        "analysis", "bench", "compare", "doctor", "export", "grow", "metrics", "processes", "progress",
+        "report", "runs", "scoring", "serving", "settings", "tasks", "training",
     },
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}

@@ -32,20 +32,27 @@ def train(arguments: Sequence[str]) -> int:
     """Train a method, with a bar for each; print the scores and where the report is."""
     settings, root, resume = _train_settings(list(arguments))
     _quiet_libraries()
-    from unolora import runs, training
+    from unolora import processes, runs, training
 
     console = _console()
     try:
+        processes.start()
         with _bars(console) as progress:
-            folder = training.train(settings, root=root, resume=resume, progress=progress)
+            shown = progress if processes.rank() == 0 else None
+            folder = training.train(settings, root=root, resume=resume, progress=shown)
     except training.Interrupted as stop:
         sys.stderr.write(f"{stop}\n")
         return 130
+    except processes.ProcessLostError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
     except KeyboardInterrupt:
         begun = Path(settings.output or "", "config.yaml").is_file()
         way = f"; {runs.how_to_go_on(Path(settings.output or ''))}" if begun else ""
         sys.stderr.write(f"interrupted{way}\n")
         return 130
+    if processes.rank() != 0:
+        return 0
     results = [folder / "results.json", *sorted((folder / "baselines").glob("*/results.json"))]
     console.print(_scores([json.loads(path.read_text(encoding="utf-8")) for path in results]))
     _write(f"report   {folder / 'report.html'}")

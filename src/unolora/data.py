@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,41 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """Tokens of each row."""
         return [len(tokens) for tokens in self.inputs["input_ids"]]
+
+    def at(self, row: int) -> tuple[Encoded, int]:
+        """Return where the tokens of a row lie: in which split, at which place."""
+        return self, row
+
+
+@dataclass(frozen=True)
+class Streamed(Encoded):
+    """A split whose rows are read and tokenized when their turn comes; it holds none.
+
+    Args:
+        rows: What is read.
+        encode: Tokenizes rows.
+    """
+
+    inputs: dict[str, list[list[int]]] = field(default_factory=dict, init=False)
+    targets: np.ndarray[Any, Any] = field(default_factory=lambda: np.empty(0), init=False)
+    answers: None = field(default=None, init=False)
+    rows: Rows = field(kw_only=True)
+    encode: Callable[[Rows], Encoded] = field(kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def lengths(self) -> Sequence[int]:
+        """Zero for each row: unknown until it is read, so that rows of a step keep their order. It takes no memory."""
+        zeros: Any = np.broadcast_to(np.int64(0), len(self))
+        return zeros
+
+    def at(self, row: int) -> tuple[Encoded, int]:
+        """Read a row."""
+        return self.encode(self.rows.take(np.array([row]))), 0
 
 
 def encode(rows: Rows, tokenizer: Any, max_length: int) -> Encoded:
@@ -117,7 +149,20 @@ class TaskRows(Dataset[Any]):
 
     def __getitem__(self, where: tuple[int, int]) -> tuple[int, Encoded, int]:
         task, row = where
-        return task, self.splits[task], row
+        return task, *self.splits[task].at(row)
+
+
+def check_parts(batch_size: int, accumulation: int, world_size: int) -> None:
+    """Check that a step's batch can be cut into equal parts.
+
+    Raises:
+        InputError: It can't; unequal parts would weigh rows differently.
+    """
+    if batch_size % (accumulation * world_size):
+        raise InputError(
+            f"`training.batch_size` {batch_size} can't be cut into equal parts for {world_size} processes with a "
+            f"`gradient_accumulation` of {accumulation}; choose a multiple of {accumulation * world_size}"
+        )
 
 
 class TrainingBatches(TorchSampler[list[tuple[int, int]]]):
@@ -150,11 +195,7 @@ class TrainingBatches(TorchSampler[list[tuple[int, int]]]):
     ) -> None:
         self.sampler, self.lengths, self.steps, self.start = sampler, lengths, steps, start
         self.accumulation, self.rank, self.world_size = accumulation, rank, world_size
-        if sampler.batch_size % (accumulation * world_size):
-            raise InputError(
-                f"`training.batch_size` {sampler.batch_size} can't be cut into equal parts for {world_size} processes "
-                f"with a `gradient_accumulation` of {accumulation}; choose a multiple of {accumulation * world_size}"
-            )
+        check_parts(sampler.batch_size, accumulation, world_size)
 
     def __len__(self) -> int:
         return self.steps * self.accumulation

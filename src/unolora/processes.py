@@ -7,7 +7,8 @@ is a rank; rank 0 writes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,28 @@ def start() -> None:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.accelerator.is_available())
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def watched(how_to_go_on: str) -> Iterator[None]:
+    """Say in one line that another process is gone, which the communication libraries tell at length.
+
+    Raises:
+        ProcessLostError: One is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if count() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            reason = " ".join(str(error).split())[:200]
+            raise ProcessLostError(f"another process of the run is gone; {how_to_go_on} ({reason})") from error
+        raise
 
 
 def rank() -> int:
@@ -75,6 +98,19 @@ def summed(values: Tensor) -> Tensor:
 def largest(values: Tensor) -> Tensor:
     """Return the maximum over all ranks of a tensor, elementwise."""
     return _reduced(values, dist.ReduceOp.MAX)
+
+
+def layers(model: nn.Module) -> list[str]:
+    """Return the classes of a model's layers, which FSDP2 takes as its units.
+
+    They are what stands in a list and the host calls indivisible. An embedding is also called so, but a method may read
+    it from outside.
+    """
+    whole = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or []}
+    stacked = {
+        type(item).__name__ for module in model.modules() if isinstance(module, nn.ModuleList) for item in module
+    }
+    return sorted(whole & stacked)
 
 
 def sharded(model: nn.Module) -> bool:

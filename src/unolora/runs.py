@@ -31,7 +31,7 @@ from unolora import settings as run_settings
 from unolora.atomic import new_folder, write_text
 from unolora.checkpoint import Checkpoint
 from unolora.config import WEIGHTS_NAME, check_weights_file
-from unolora.data import Encoded, encode
+from unolora.data import Encoded, Streamed, encode
 from unolora.errors import CheckpointError, InputError, unknown
 from unolora.heads import Moments, MultiTaskModel, TaskHeads
 from unolora.methods import METHODS, label
@@ -40,7 +40,7 @@ from unolora.processes import spread
 from unolora.settings import Settings
 from unolora.tasks import Task
 from unolora.tasks.files import one_line
-from unolora.tasks.rows import Rows, TaskData
+from unolora.tasks.rows import Rows, StreamedRows, TaskData
 from unolora.text import Answers, TextModel, encode_text
 
 NO_GENERATION = "`scoring: generation` needs answers that are text; heads write nothing, so leave it out"
@@ -274,7 +274,9 @@ def build(settings: Settings, method: str, tasks: Sequence[Task], moments: Mappi
 
 
 def encode_rows(model: Model, row: int, rows: Rows, tokenizer: Any, max_length: int, *, train: bool = False) -> Encoded:
-    """Tokenize rows of a task as a model reads them; see `encode` and `encode_text`."""
+    """Tokenize rows as a model reads them; see `encode` and `encode_text`. Streamed ones wait for their turn."""
+    if isinstance(rows, StreamedRows):
+        return Streamed(rows=rows, encode=lambda few: encode_rows(model, row, few, tokenizer, max_length, train=train))
     if isinstance(model, TextModel):
         return encode_text(rows, row, model.heads, max_length, train=train)
     return encode(rows, tokenizer, max_length)
@@ -297,8 +299,9 @@ def check_length(settings: Settings, backbone: Any, answer: int) -> None:
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return what training changes: trainable parameters, and the buffers of the heads."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    if isinstance(model, MultiTaskModel | TextModel):
-        trained |= {f"heads.{name}" for name in model.heads.state_dict()}
+    heads = getattr(model, "heads", None)
+    if heads is not None:
+        trained |= {f"heads.{name}" for name in heads.state_dict()}
     every = model.state_dict()  # asked as a whole: a model in parts (FSDP2) then puts them in order first
     return {name: value for name, value in every.items() if name in trained}
 

@@ -14,13 +14,14 @@ of one step (of as many steps as K needs) until every c_t is within 2 % of L p_t
 Only then may a share be further off, and only where some p_t is below 1e-4: a tiny task beside a huge one.
 
 Order of rows. Draw j of task t (j = 0, 1, ... along the stream) is element j mod n of pass j div n, n being all rows of
-the task; `limit` lowers its share, never its choice of rows. A pass is a permutation of them, keyed by (seed, t, pass).
+the task; `limit` lowers its share, never its choice of rows. A pass is a permutation of them, keyed by (seed, t, pass):
+a shuffle of up to LARGE rows, and for more a Feistel network, which computes each place by itself in no memory.
 A slot of block b is the task's slot number b c_t plus its earlier ones in that block, so nothing is replayed; slot m
 holds draw m, or, if a slot is a batch, draws m B to m B + B - 1.
 
 What holds, and is tested:
 1. `batch(step)` depends on the arguments alone: any order of calls, any process, any machine gives the same rows.
-2. Resuming at a step costs one block and one permutation per task, whatever the step.
+2. Resuming at a step costs one block and one shuffle per task of up to LARGE rows, whatever the step.
 3. Every row of a task is seen once before any row of it is seen again.
 4. After each whole block of steps the numbers of examples per task are exact, not just expected.
 5. Ranks share one global batch: 1, 2 or 4 processes train on the same batches.
@@ -40,6 +41,8 @@ from unolora.errors import InputError, unknown
 STRATEGIES = ("proportional", "temperature", "equal")
 TOLERANCE = 0.02
 MAX_SLOTS = 2**20
+LARGE = 2**20  # rows from which a shuffle, 8 bytes a row, would be felt; smaller tasks keep the order they always had
+ROUNDS = 8
 BLOCKS, PASSES = 0, 1  # the first word of a shuffle's key, so that no block shares its random numbers with a pass
 
 
@@ -85,7 +88,7 @@ class Sampler:
         self.block_steps = self._slots // self._step_slots
         # Only the latest block and each task's latest pass are kept: training walks forward, so each is made once.
         self._block: tuple[int, NDArray[np.int32], NDArray[np.int32]] | None = None
-        self._passes: dict[int, tuple[int, NDArray[np.integer]]] = {}
+        self._passes: dict[int, tuple[int, NDArray[np.integer] | Feistel]] = {}
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """Return the global batch of a step, counted from 0: (task, row in its training split), `batch_size` times.
@@ -152,8 +155,7 @@ class Sampler:
         number, place = divmod(draw, self.sizes[task])
         latest = self._passes.get(task)
         if latest is None or latest[0] != number:
-            order = _shuffled(self.sizes[task], self.seed, PASSES, task, number)
-            self._passes[task] = latest = (number, order.astype(np.min_scalar_type(self.sizes[task])))
+            self._passes[task] = latest = (number, _permutation(self.sizes[task], self.seed, PASSES, task, number))
         return int(latest[1][place])
 
 
@@ -205,6 +207,53 @@ def _apportion(p: NDArray[np.float64], slots: int) -> NDArray[np.int64]:
     neediest = np.argsort(counts - share, kind="stable")
     counts[neediest[: slots - counts.sum()]] += 1
     return counts
+
+
+class Feistel:
+    """A permutation of 0..n-1 that computes each element by itself.
+
+    A Feistel network permutes the numbers of an even number of bits, whatever its round function is; one that falls
+    outside 0..n-1 is sent through again until it does not ("cycle walking", Black and Rogaway 2002), which takes less
+    than four turns on average. The round function is the finalizer of SplitMix64 on one half plus the round's key.
+
+    Args:
+        n: At least 1.
+        seed, key: What the permutation depends on, beside n.
+    """
+
+    def __init__(self, n: int, seed: int, *key: int) -> None:
+        self.n = n
+        self.half = max(1, ((n - 1).bit_length() + 1) // 2)
+        words = np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(ROUNDS)
+        self.keys = [int(word) for word in words]
+
+    def __getitem__(self, place: int) -> int:
+        """Return the element at a place."""
+        if not 0 <= place < self.n:
+            raise IndexError(place)
+        half, mask = self.half, (1 << self.half) - 1
+        while True:
+            left, right = place >> half, place & mask
+            for key in self.keys:
+                left, right = right, left ^ (_mixed(right + key) & mask)
+            place = left << half | right
+            if place < self.n:
+                return place
+
+
+def _mixed(x: int) -> int:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    x &= 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 31
+
+
+def _permutation(n: int, seed: int, *key: int) -> NDArray[np.integer] | Feistel:
+    """A permutation of 0..n-1 that depends on n, the seed and the key alone."""
+    if n > LARGE:
+        return Feistel(n, seed, *key)
+    return _shuffled(n, seed, *key).astype(np.min_scalar_type(n))
 
 
 def _shuffled(n: int, seed: int, *key: int) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from unolora.data import Collator, Encoded
 from unolora.errors import InputError
 from unolora.runs import NO_GENERATION, Model, Run, check_data, digests, encode_rows
 from unolora.tasks import Task
-from unolora.tasks.rows import Rows, load
+from unolora.tasks.rows import Rows, StreamedRows, load
 from unolora.text import TextModel
 
 Row = tuple[int, Encoded, int]
@@ -183,7 +183,10 @@ def read_split(run: Run, row: int, split: str) -> Encoded:
     root = None if settings.root is None else Path(settings.root)
     data = load(run.tasks[row], root=root, limit=settings.limit, evaluation_limit=settings.evaluation_limit)
     check_data(run.folder, digests([data]), split)
-    return encode_rows(run.model, row, data.splits[split], run.tokenizer, settings.max_length)
+    rows = data.splits[split]
+    if isinstance(rows, StreamedRows):
+        raise InputError(f"the {split} rows of task {data.task.name!r} are streamed, which are not scored as a whole")
+    return encode_rows(run.model, row, rows, run.tokenizer, settings.max_length)
 
 
 def evaluate_run(run: Run, split: str) -> tuple[dict[str, dict[str, float]], dict[str, int]]:

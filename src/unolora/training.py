@@ -30,7 +30,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from unolora import gradients, lock, metrics, processes, recovery, runs, scoring
 from unolora.atomic import explained, is_temporary, new_folder, sweep, write_json, write_text
-from unolora.data import Collator, Encoded, TaskRows, TrainingBatches
+from unolora.data import Collator, Encoded, TaskRows, TrainingBatches, check_parts
 from unolora.errors import InputError
 from unolora.heads import Moments
 from unolora.methods import label
@@ -74,10 +74,22 @@ def train(settings: Settings, *, root: Path | None = None, resume: bool = False,
     Raises:
         InputError: Something given can't be used; nothing was written.
         Interrupted: A signal stopped it; the checkpoint to go on from was written.
+        ProcessLostError: Another process of the run failed or is gone.
     """
     processes.start()
     folder = Path(settings.output or "runs/run")
+    with processes.watched(runs.how_to_go_on(folder)):
+        _train(settings, folder, root, resume, progress)
+    return folder
+
+
+def _train(settings: Settings, folder: Path, root: Path | None, resume: bool, progress: Any) -> None:
     processes.first(lambda: _check_folder(folder, settings, resume))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise InputError(
+            "DeepSpeed alone can write its part of a checkpoint, and does so with pickle; use DDP or FSDP2"
+        )
+    check_parts(settings.training.batch_size, settings.training.gradient_accumulation, processes.count())
     _check_integrations(settings)
     data = load_data(settings, root)
     model, tokenizer = _build(settings, settings.method, data)  # what can't be built or read is known before
@@ -100,7 +112,6 @@ def train(settings: Settings, *, root: Path | None = None, resume: bool = False,
         from unolora.report import write_report
 
         processes.first(lambda: write_report(folder) and None)
-    return folder
 
 
 def _analyse(folder: Path, settings: Settings) -> None:
@@ -384,6 +395,7 @@ class MultiTaskTrainer(Trainer):
             report_to=t.report_to or "none",
             ddp_find_unused_parameters=not model.method.mixes,  # a rank's rows may lack a task, and so its parameters
         )
+        model._no_split_modules = processes.layers(model)  # type: ignore[assignment]  # where Accelerate looks for it
         trained, validated = (TaskRows(list(splits[name].values())) for name in ("train", "validation"))
         super().__init__(model, args, data_collator=collate, train_dataset=trained, eval_dataset=validated)
         self.remove_callback(PrinterCallback)
@@ -771,7 +783,7 @@ def results_of(
                 "kind": d.task.kind,
                 "score_metric": d.task.metrics[0],
                 "labels": list(d.task.labels),
-                "rows": {split: len(found.targets) for split, found in d.splits.items()},
+                "rows": {split: len(found) for split, found in d.splits.items()},
                 "sampling": {"planned": float(trainer.sampler.probabilities[row]), "seen": seen[name]},
                 "metrics": {split: scores[split][name] for split in ("validation", "test")},
                 "baseline": {"name": constant, "metrics": trivial},

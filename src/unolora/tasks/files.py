@@ -73,17 +73,41 @@ def read_hub(hub: str, subset: str | None, split: str, *, otherwise: str = SAVE_
     Raises:
         InputError: The hub cannot be reached, or knows no such data set, configuration or split.
     """
+    data, where = open_hub(hub, subset, split, otherwise=otherwise)
+    return Table(where, dict(data[:]))
+
+
+def open_hub(hub: str, subset: str | None, split: str, *, otherwise: str = SAVE_IT) -> tuple[Any, str]:
+    """Open one split of a hub data set, which is downloaded once and then lies on the disk; see `read_hub`."""
     import datasets
 
     where = f"{hub}{f' ({subset})' if subset else ''}, split {split!r}"
     try:
-        data = datasets.load_dataset(hub, subset, split=split)
+        return datasets.load_dataset(hub, subset, split=split), f"hub data set {where}"
     except Exception as error:  # the loader raises a dozen unrelated types, from ValueError to those of the HTTP client
         raise InputError(
             f"hub data set {where} cannot be read ({one_line(error)}); check the names and the connection, or "
             f"{otherwise}"
         ) from error
-    return Table(f"hub data set {where}", dict(data[:]))
+
+
+def open_parquet(pattern: Path) -> tuple[Any, str]:
+    """Open .parquet files as one table on the disk; returns a `datasets.Dataset` and what to call it in an error.
+
+    The rows are laid out once in the cache of `datasets`, as many bytes again, from where any row is read alone.
+
+    Raises:
+        InputError: No file fits the pattern, or one can't be read.
+    """
+    import datasets
+
+    files = sorted(map(str, pattern.parent.glob(pattern.name)))
+    if not files:
+        raise InputError(f"{pattern}: no such file")
+    try:
+        return datasets.load_dataset("parquet", data_files=files, split="train"), str(pattern)
+    except Exception as error:  # as in `read_hub`
+        raise InputError(f"{pattern} can't be read ({one_line(error)})") from error
 
 
 def one_line(error: object, length: int = 200) -> str:

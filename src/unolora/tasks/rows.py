@@ -17,18 +17,19 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from unolora.errors import InputError, unknown
 from unolora.tasks import quickstart
-from unolora.tasks.files import Table, read_file, read_hub
+from unolora.tasks.files import Table, open_hub, open_parquet, read_file, read_hub
 from unolora.tasks.task import Source, Task, parse_template
 
 Integers = npt.NDArray[np.int64]
 CUT = ("validation", "test")
+SAMPLE = 10_000  # rows that stand for all, where there are too many to look at
 FEWEST = 10  # rows from which a tenth is still a row
 GIVEN_AWAY = 1000  # training rows that become validation rows, of tasks of 10,000 and more
 
@@ -60,13 +61,61 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class StreamedRows(Rows):
+    """Training rows that stay on the disk; `texts` and `targets` are those of a sample. N is the number of rows."""
+
+    task: Task
+    data: Any
+    """A `datasets.Dataset`. [N]"""
+    where: str
+    """What to call it in an error."""
+
+    @classmethod
+    def of(cls, task: Task, data: Any, where: str) -> Self:
+        """Look at at most 10,000 of the rows, evenly spaced: what is known of all of them.
+
+        Raises:
+            InputError: A row does not fit the task.
+        """
+        sample = _read(task, data, where, evenly(len(data), SAMPLE))
+        return cls(sample.texts, sample.targets, task, data, where)
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.data)
+
+    def digest(self) -> str:
+        """Return N and the SHA-256 of the sample."""
+        return f"{len(self)} rows, of a sample {super().digest()}"
+
+    def take(self, index: Integers) -> Rows:
+        """Read the rows at `index`.
+
+        Raises:
+            InputError: A row does not fit the task.
+        """
+        return _read(self.task, self.data, self.where, index)
+
+
+def _read(task: Task, data: Any, where: str, index: Integers) -> Rows:
+    table = Table(f"{where}, from row {index[0] + 1} on", dict(data[index]))
+    return Rows(fill(task, table), targets(task, table))
+
+
+def evenly(count: int, most: int) -> Integers:
+    """Return at most `most` of the numbers 0..count-1, evenly spaced."""
+    fewer = min(count, most)
+    return np.arange(fewer, dtype=np.int64) * count // fewer
+
+
+@dataclass(frozen=True)
 class TaskData:
     """A task with its rows."""
 
     task: Task
     """The task, `labels` filled in."""
     splits: dict[str, Rows]
-    """`train`, `validation` and `test`."""
+    """`train`, `validation` and `test`; `train` may be `StreamedRows`."""
     dropped: int = 0
     """Training rows left out because a validation or test row has the same texts (see `Source.validation_from`)."""
 
@@ -101,15 +150,20 @@ def load(
         for name, rows in splits.items():
             most = limit if name == "train" or evaluation_limit is None else evaluation_limit
             if most is not None and len(rows) > most:
-                splits[name] = rows.take(
-                    np.sort(order(len(rows), task.cut_as or task.name, seed, "limit", name)[:most])
+                few = (
+                    evenly(len(rows), most)
+                    if isinstance(rows, StreamedRows)
+                    else order(len(rows), task.cut_as or task.name, seed, "limit", name)[:most]
                 )
+                splits[name] = rows.take(np.sort(few))
     except InputError as error:
         raise InputError(f"task {task.name!r}: {error}") from error
     return TaskData(task, splits, dropped)
 
 
 def _splits(task: Task, root: Path | None, seed: int) -> tuple[Task, dict[str, Rows], int]:
+    if task.source.stream:
+        return task, _streamed(task, root), 0
     groups: Integers | None = None
     key: tuple[object, ...] = (task.cut_as or task.name, seed)
     if task.source.bundled:
@@ -132,6 +186,23 @@ def _splits(task: Task, root: Path | None, seed: int) -> tuple[Task, dict[str, R
         only = task.labels[splits["train"].targets[0]]
         raise InputError(f"every training row has the label {only!r}; a classification needs two or more")
     return task, {name: splits[name] for name in ("train", *CUT)}, dropped
+
+
+def _streamed(task: Task, root: Path | None) -> dict[str, Rows]:
+    """Open the training rows where they are, and read the others."""
+    source = task.source
+    if task.kind == "classification" and not task.labels:
+        raise InputError("name its labels: rows that are streamed are not all looked at for them")
+    if source.hub:
+        data, where = open_hub(source.hub, source.subset, source.train or "train")
+    else:
+        data, where = open_parquet((root or Path()) / Path(str(source.train)).expanduser())
+    if not len(data):
+        raise InputError(f"{where} has no rows")
+    splits: dict[str, Rows] = {"train": StreamedRows.of(task, data, where)}
+    for name, table in _tables(task, root, CUT).items():
+        splits[name] = Rows(fill(task, table), targets(task, table))
+    return splits
 
 
 def _held_out(task: Task, train: Rows, test: Rows) -> tuple[dict[str, Rows], int]:
@@ -168,12 +239,12 @@ def _repeats(rows: Rows, others: Rows) -> npt.NDArray[np.bool_]:
     return np.array([row in texts for row in rows.texts], bool)
 
 
-def _tables(task: Task, root: Path | None) -> dict[str, Table]:
+def _tables(task: Task, root: Path | None, which: Sequence[str] = ("train", *CUT)) -> dict[str, Table]:
     source = task.source
     if source.empty:
         raise InputError("its source names no rows; give a file as train, a hub data set as hub, or a bundled table")
     names = {"train": source.train or "train", "validation": source.validation, "test": source.test}
-    tables = {split: _table(source, root, name) for split, name in names.items() if name}
+    tables = {split: _table(source, root, name) for split, name in names.items() if name and split in which}
     for table in tables.values():
         if len(table) == 0:
             raise InputError(f"{table.where} has no rows")

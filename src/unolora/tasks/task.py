@@ -94,8 +94,15 @@ class Source:
     `rows.load`): "test" halves the test rows, "train" takes 1,000 training rows (a tenth of fewer than 10,000). The
     choice does not depend on the seed."""
 
+    stream: bool = False
+    """Leave the training rows on the disk, and read each when its turn comes: for more rows than memory holds. `train`
+    is then a pattern of .parquet files, or a split of the hub data set."""
+
     def __post_init__(self) -> None:
-        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
+        if not isinstance(self.stream, bool):
+            raise InputError(f"source: stream must be true or false, not {self.stream!r}")
+        names = [f.name for f in dataclasses.fields(self) if f.name != "stream"]
+        given = [name for name in names if getattr(self, name) is not None]
         for key in given:
             if not isinstance(getattr(self, key), str) or not getattr(self, key):
                 raise InputError(f"source: {key} must be text, not {getattr(self, key)!r}")
@@ -109,6 +116,16 @@ class Source:
             raise InputError("source: folder stands in for a hub data set; name it as hub")
         if self.validation_from:
             self._check_validation_from(self.validation_from)
+        if self.stream:
+            self._check_stream()
+
+    def _check_stream(self) -> None:
+        if self.bundled or self.folder or self.validation_from:
+            raise InputError("source: stream goes with .parquet files or a hub data set alone")
+        if not self.hub and not str(self.train).endswith(".parquet"):
+            raise InputError(f"source: stream reads .parquet files, such as shards/*.parquet, not {self.train!r}")
+        if not (self.validation and self.test):
+            raise InputError("source: stream cuts no splits; name validation and test rows")
 
     def _check_validation_from(self, split: str) -> None:
         if split not in ("train", "test"):
