@@ -487,7 +487,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys, monkeypatch):
     for word in ("between seeds", "same seed", "A - B", "effective rank (entropy)", "spread within tasks", "rank 3"):
         assert word in printed
     names = {f"{name}.{kind}" for name in analysis.TABLES for kind in ("csv", "parquet")}
-    assert {path.name for path in out.iterdir()} == names | {"arrays.safetensors", "notes.json"}
+    assert {path.name for path in out.iterdir()} == names | {"arrays.safetensors", "about.json"}
     table = pandas.read_parquet(out / "table.parquet")
     assert list(table.columns[:5]) == ["run", "label", "seed", "task", "projection"]
     assert len(pandas.read_csv(out / "table.csv")) == len(table)
