@@ -50,7 +50,7 @@ def test_a_wide_grid_is_told_by_its_gist():
     names = [f"c{i}" for i in range(charts.MOST_COLUMNS + 1)]
     values = [[float(i == j) + j / 100 for j in range(len(names))] for i in range(len(names))]
     panel = charts.grid("", names, names, values, first="Name")
-    assert valid(panel).data[0].z.shape == (31, 31)
+    assert np.shape(valid(panel).data[0].z) == (31, 31)
     head = [column.title for column in panel.table.columns]
     assert head == ["Name", "Mean of the row", "Largest", "Of"]
     others = [j / 100 for j in range(1, 31)]
