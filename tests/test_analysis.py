@@ -487,12 +487,14 @@ def test_the_command_prints_and_writes(tmp_path, capsys, monkeypatch):
     for word in ("between seeds", "same seed", "A - B", "effective rank (entropy)", "spread within tasks", "rank 3"):
         assert word in printed
     names = {f"{name}.{kind}" for name in analysis.TABLES for kind in ("csv", "parquet")}
-    assert {path.name for path in out.iterdir()} == names | {"arrays.safetensors", "notes.json"}
+    assert {path.name for path in out.iterdir()} == names | {"arrays.safetensors", "about.json"}
     table = pandas.read_parquet(out / "table.parquet")
     assert list(table.columns[:5]) == ["run", "label", "seed", "task", "projection"]
     assert len(pandas.read_csv(out / "table.csv")) == len(table)
     arrays = load_file(out / "arrays.safetensors")
-    assert arrays[f"{run(0)}/A/singular values"].shape == (4, 4)
+    name = table["run"][0]
+    assert run(0).match(name)
+    assert arrays[f"{name}/A/singular values"].shape == (4, 4)
     assert tiny.leftovers(tmp_path) == []
     assert unolora_cli.main([*arguments, "--rows", "0", "--output", str(out)]) == 0  # its own folder is replaced
     assert not (out / "ablations.csv").exists()
@@ -511,3 +513,95 @@ def test_the_same_seed_gives_the_same_numbers():
     one, other = (analysis.analyze([run(0), run(1)], rows=3) for _ in range(2))
     assert json.dumps(one.comparisons) == json.dumps(other.comparisons)
     assert one.arrays.keys() == other.arrays.keys()
+
+
+# --- gradients, starts, figures ------------------------------------------------------------------------------------
+
+
+def test_where_a_started_is_built_again(tmp_path):
+    """With a learning rate of almost nothing A is where it started, and B where it started: at zero."""
+    for method in ("unolora", "lora-per-task", "lora-shared"):
+        still = training.train(
+            tiny.settings(
+                tmp_path / method / "run",
+                method=method,
+                baselines=["lora-shared"] if method == "unolora" else [],
+                training={"steps": 1, "learning_rate": 1e-12},
+            )
+        )
+        for folder in [still, *sorted((still / "baselines").glob("*"))]:
+            for adapter in collect.with_starts(collect.adapters_of(folder)):
+                assert adapter.started
+                for pair in adapter.pairs.values():
+                    assert pair.start == pytest.approx(pair.A, abs=1e-9)
+                    assert np.abs(pair.A).max() > 0.01
+    moved = collect.with_starts(collect.adapters_of(run()))
+    assert all(np.abs(pair.moved).max() > 1e-3 for pair in moved[0].pairs.values())
+
+
+def test_what_training_added_to_a_is_compared_as_well():
+    found = analysis.analyze([run(0), run(1)], rows=2)
+    (added,), (whole,) = (rows_of(found.comparisons, matrix=name) for name in ("moved A", "A"))
+    assert added["overlap"] != pytest.approx(whole["overlap"])
+    assert rows_of(found.comparisons, matrix="moved A - B")
+    assert rows_of(found.table, measure="overlap with its start", matrix="A")
+    without = analysis.analyze([run(0), run(1)], rows=0)
+    assert not rows_of(without.comparisons, matrix="moved A")
+
+
+def test_gradients_of_tasks_are_those_of_their_mean_losses():
+    loaded = runs.load_run(run())
+    splits = collect.encoded(loaded, "validation", 5, answers=True)
+    found = collect.gradient_cosines(loaded, splits)
+    parameters = [p for name, p in loaded.model.named_parameters() if p.requires_grad and "heads" not in name]
+    rows = []
+    for row, split in splits.items():
+        batch = collect.Collator(loaded.tokenizer)([(row, split, i) for i in range(len(split))])
+        loaded.model.zero_grad()
+        loaded.model(**batch)["loss"].backward()
+        rows.append(torch.cat([p.grad.flatten() for p in parameters]).numpy())
+    unit = np.stack(rows) / np.linalg.norm(rows, axis=1, keepdims=True)
+    assert found == pytest.approx(unit @ unit.T, abs=1e-4)
+
+
+def test_short_names_tell_folders_apart(tmp_path):
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "b" / "other"]
+    assert collect.short_names(folders) == ["a/run", "b/run", "b/other"]
+    assert collect.short_names(folders[1:]) == ["run", "other"]
+
+
+def test_runs_of_other_settings_are_no_seeds_of_each_other(tmp_path):
+    other = training.train(tiny.settings(tmp_path / "run", adapter={"r": 2}, training={"seed": 1, "steps": 6}))
+    found = analysis.analyze([run(), other], rows=0)
+    assert {row["label"] for row in found.table} == {"UnoLoRA* (task+sample), r=4", "UnoLoRA* (task+sample), r=2"}
+
+
+def test_what_is_written_is_read(tmp_path):
+    found = analysis.analyze([run(0), run(1)], rows=3)
+    analysis.write(found, tmp_path / "out")
+    again = analysis.read(tmp_path / "out")
+    assert (again.tasks, again.notes) == (found.tasks, found.notes)
+    assert again.table == found.table
+    assert again.arrays.keys() == found.arrays.keys()
+    assert all(np.array_equal(again.arrays[key], value, equal_nan=True) for key, value in found.arrays.items())
+    with pytest.raises(InputError, match="expected the numbers that `unolora analyze` writes"):
+        analysis.read(tmp_path)
+
+
+def test_every_figure_is_one_that_plotly_takes():
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    from unolora.charts import Figure
+    from unolora.report import learned
+
+    found = analysis.analyze([run(0), run(1)], [run(method="lora-per-task")], rows=3, ablate=True)
+    figures = [item for item in learned.items(found, {}) if isinstance(item, Figure)]
+    titles = " ".join(figure.title for figure in figures)
+    for title in ("Overlap", "Effective ranks", "Spectra", "Scales", "alike", "Without a part", "lie", "Correlation"):
+        assert title in titles
+    for figure in figures:
+        for panel in figure.panels:
+            assert graph_objects.Figure(panel.plot).data
+            assert panel.table.rows
+    (places,) = [figure for figure in figures if "lie" in figure.title]
+    drawn = sum(len(trace["x"]) for trace in places.panels[0].plot["data"])
+    assert drawn == 4 * (2 + 3)  # projections of two adapters, and of one for each of three tasks

@@ -30,10 +30,12 @@ def test_the_run_folder_is_whole(run):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "adapter",
+        "analysis",
         "baselines",
         "config.yaml",
         "environment.json",
         "metrics.jsonl",
+        "predictions.json",
         "report.html",
         "results.json",
     }

@@ -4,15 +4,15 @@ import json
 import math
 import os
 import re
-import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 
-from unolora import report
+from unolora import charts, report
 from unolora.errors import InputError
 
 KINDS = {
@@ -74,6 +74,7 @@ def write_run(folder, tasks=KINDS, method="unolora"):
             "total": 22_800_000 + adapter, "trainable": adapter, "adapter": adapter - 10_000, "heads": 10_000,
             "trainable_percent": share, "per_task_percent": share / len(entries),
         },
+        "memory": {"peak_bytes": 2_500_000_000},
         "time": {"train_seconds": 150.1, "evaluation_seconds": 20.2, "examples_per_second": 51.1},
     }  # fmt: skip
     lines = []
@@ -122,7 +123,8 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.tables, self.attributes, self.scripts, self.open, self.texts = {}, [], [], [], []
-        self.heads, self.strong, self.figures = [], [], []
+        self.heads, self.strong, self.figures, self.notes = [], [], [], []
+        self.noted = 0
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         self.close()
@@ -148,11 +150,15 @@ class Page(HTMLParser):
             self.scripts.append([attributes, ""])
         elif tag == "figure":
             self.figures.append({"plots": [], "tables": [], "details": False})
+        elif tag == "div" and attributes.get("role") == "note":
+            self.noted = len(self.open)
         elif tag == "details" and "figure" in self.open:
             self.figures[-1]["details"] = True
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, f"</{tag}> closes another tag near line {self.getpos()[0]}"
+        if self.noted > len(self.open):
+            self.noted = 0
         if tag == "table":
             self.tables.setdefault(self.caption, []).append(self.rows)
             if "figure" in self.open:
@@ -167,6 +173,8 @@ class Page(HTMLParser):
             self.scripts[-1][1] += data
             return
         self.texts.append(data)
+        if self.noted and self.open[-1] == "li":
+            self.notes.append(data)
         if self.open[-1] == "caption":
             self.caption += data
         elif {"td", "th"} & set(self.open) and isinstance(self.rows[-1][-1], str):
@@ -238,7 +246,7 @@ def test_cost_sampling_and_environment_tables(suite):
     ]
     parameters = results["run"]["parameters"]
     assert rows[-1][5:] == [parameters["trainable_percent"], parameters["per_task_percent"]]
-    assert page.table("Time")[1][-1] == ["UnoLoRA* (task+sample)", 240, 180, 150.1, 20.2, 51.1]
+    assert page.table("Time and memory")[1][-1] == ["UnoLoRA* (task+sample)", 240, 180, 150.1, 20.2, 51.1, 2.5e9]
     _, rows = page.table("Batches: what was planned and what was seen")
     seen = [task["sampling"]["seen"] for task in results["run"]["tasks"]]
     assert [row[4] for row in rows] == seen
@@ -319,7 +327,7 @@ def test_tables_and_landmarks_are_for_screen_readers(suite):
     assert all(head.get("scope") in ("col", "row") for head in page.heads)
     assert all(page.tables)  # every table has a caption
     names = [tag for tag, name, _ in page.attributes if name == "aria-labelledby"]
-    assert names == ["section"] * 5
+    assert names == ["section"] * 7
     plots = [name for tag, name, value in page.attributes if (name, value) == ("role", "img")]
     labels = [value for tag, name, value in page.attributes if tag == "div" and name == "aria-label" and value]
     assert len(plots) == 10
@@ -442,48 +450,234 @@ def test_lower_is_better_for_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "message"),
+    ("file", "text", "note"),
     [
         ("results.json", None, r"results\.json: expected the results of a run, but No such file"),
         ("metrics.jsonl", None, r"metrics\.jsonl: expected the log of a run, but No such file"),
         ("config.yaml", None, r"config\.yaml: expected the configuration of a run, but No such file"),
         ("environment.json", None, r"environment\.json: expected the environment of a run, but No such file"),
-        ("baselines/lora/metrics.jsonl", None, r"lora.metrics\.jsonl: expected the log of a run, but No such file"),
+        (
+            "baselines/lora/metrics.jsonl",
+            None,
+            r"one for all: .*metrics\.jsonl: expected the log of a run",
+        ),
         ("results.json", "{", r"results\.json: expected JSON, got Expecting property name"),
         ("results.json", "[1]", r"results\.json: expected a JSON object, got list"),
-        ("results.json", "{}", r"results\.json: expected the layout that `unolora train` writes, got no key 'tasks'"),
-        ("results.json", '{"tasks": []}', r"results\.json: expected the layout .* got no tasks"),
-        ("results.json", '{"tasks": [7]}', r"results\.json: expected the layout .* got 'int' object"),
-        ("baselines/lora/results.json", "{}", r"lora.results\.json: expected the layout .* no key 'tasks'"),
+        ("results.json", "{}", r"results\.json: tasks is missing"),
+        ("results.json", '{"tasks": [7]}', r"results\.json: label is missing"),
+        (
+            "baselines/lora/results.json",
+            "{}",
+            r"lora is left out, since only one of the two runs has spam",
+        ),
         ("metrics.jsonl", '{"kind": "train"', r"metrics\.jsonl, line 1: expected JSON"),
-        ("metrics.jsonl", '\n{"kind": "train", "step": 1, "loss": "x"}', r"line 2: .* 'x' in the place of a number"),
-        ("metrics.jsonl", '{"kind": "train", "step": null, "loss": 1}', r"line 1: expected the layout"),
         (
             "metrics.jsonl",
-            '{"kind": "train", "step": Infinity, "loss": 1}',
-            r"line 1: .* cannot convert float infinity",
+            '\n{"kind": "train", "step": 1, "loss": "x"}',
+            r"line 2: left out, 'x' in the place",
         ),
+        ("metrics.jsonl", '{"kind": "train", "step": null, "loss": 1}', r"line 1: left out, int\(\) argument"),
+        ("metrics.jsonl", '{"kind": "train", "step": Infinity, "loss": 1}', r"line 1: left out, cannot convert float"),
+        ("metrics.jsonl", '{"kind": "train", "step": 7, "loss": NaN}', r"the loss at step 7 is no number"),
         ("environment.json", '"x"', r"environment\.json: expected a JSON object, got str"),
         ("config.yaml", b"\xff\xfe\xfa", r"config\.yaml: expected .* but it is not UTF-8 text"),
+        ("predictions.json", "[]", r"predictions\.json: expected a JSON object, got list"),
+        ("predictions.json", '{"tasks": {"spam": {}}}', r"predictions\.json: spam is left out, it has no 'targets'"),
+        ("analysis/about.json", "{}", r"analysis: expected the numbers that `unolora analyze` writes"),
     ],
 )
-def test_what_is_not_a_run_is_refused(tmp_path, file, text, message):
+def test_what_is_wrong_is_said_and_the_rest_is_shown(tmp_path, file, text, note):
     write_suite(tmp_path, {"spam": KINDS["spam"]}, rivals=("lora",))
+    (tmp_path / file).parent.mkdir(exist_ok=True)
     if text is None:
         (tmp_path / file).unlink()
     else:
         (tmp_path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    page = Page(report.write_report(tmp_path))
+    assert [line for line in page.notes if re.search(note, line)]
+    assert page.open == []
+    assert "Parameters" in page.tables
+    shown = " ".join(page.texts)
+    assert "None" not in shown.replace("NoneType", "")
+    assert "nan" not in shown.lower().split()
+
+
+def test_a_sound_run_has_no_notes(suite):
+    _, _, page = suite
+    assert page.notes == []
+
+
+def test_a_half_finished_run_shows_how_far_it_is(tmp_path):
+    results = write_run(tmp_path)
+    (tmp_path / "results.json").unlink()
+    page = Page(report.write_report(tmp_path))
+    assert any("is not finished: there are no test scores" in note for note in page.notes)
+    assert any("is not finished: at step 240 it reaches" in text for text in page.texts)
+    _, rows = page.table("Scores on the validation split")
+    assert [row[0] for row in rows] == [*(task["name"] for task in results["tasks"]), "average"]
+    assert all(isinstance(row[-2], float) for row in rows)
+    assert any(figure["plots"][0]["data"][-1]["x"][-1] == 240 for figure in page.figures if figure["plots"])
+
+
+def test_a_run_without_a_seed(tmp_path):
+    write_run(tmp_path)
+    edit(tmp_path / "results.json", lambda r: r.pop("seed"))
+    page = Page(report.write_report(tmp_path))
+    assert any("seed is missing" in note for note in page.notes)
+    assert "seed" not in [text.strip()[:4] for text in page.texts]
+
+
+@pytest.mark.parametrize(("folder", "message"), [("none", "no such folder"), ("", r"results\.json: expected")])
+def test_what_is_no_run_is_refused(tmp_path, folder, message):
     with pytest.raises(InputError, match=message) as caught:
-        report.write_report(tmp_path)
+        report.write_report(tmp_path / folder)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "report.html").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_rivals_with_other_tasks_are_refused(tmp_path):
+def test_rivals_with_other_tasks_are_left_out(tmp_path):
     write_run(tmp_path, {name: KINDS[name] for name in ("spam", "movies")})
     write_run(tmp_path / "baselines" / "lora", {"spam": KINDS["spam"]}, method="lora")
-    with pytest.raises(InputError, match=r"lora.results\.json: expected the tasks .* only one .* movies \(pearson\)"):
-        report.write_report(tmp_path)
+    page = Page(report.write_report(tmp_path))
+    assert page.notes == ["LoRA, one for all is left out, since only one of the two runs has movies (pearson)."]
+    assert "LoRA, one for all" not in page.table("Scores on the test split")[0]
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------------
+
+
+def write_predictions(folder, tasks):
+    (folder / "predictions.json").write_text(json.dumps({"split": "test", "tasks": tasks}), encoding="utf-8")
+
+
+SPAM = {
+    "targets": [0, 0, 1, 1, 1, 0],
+    "predictions": [0, 1, 1, -1, 0, 0],
+    "confidence": [0.9, 0.8, 0.7, None, 0.99, 0.6],
+    "worst": [{"row": 4, "texts": ["<b>win</b> a prize"]}, {"row": 1, "texts": ["lunch?", "at one"]}],
+}
+MOVIES = {
+    "targets": [1.0, -2.0, 3.0, 0.5],
+    "predictions": [1.5, None, 2.0, 0.25],
+    "confidence": [None] * 4,
+    "worst": [{"row": 1, "texts": ["so bad"]}],
+}
+
+
+def test_mistakes_are_drawn_and_quoted(tmp_path):
+    write_run(tmp_path, {name: KINDS[name] for name in ("spam", "movies")})
+    write_predictions(tmp_path, {"spam": SPAM, "movies": MOVIES})
+    page = Page(report.write_report(tmp_path))
+    (figure,) = [each for each in page.figures if each["plots"] and each["plots"][0]["data"][0]["type"] == "heatmap"]
+    matrix, scatter = (plot["data"][0] for plot in figure["plots"])
+    assert matrix["x"] == ["ham", "spam", "no answer"]
+    assert matrix["z"] == [[2, 1, 0], [1, 1, 1]]
+    assert scatter["x"] == [1.0, 3.0, 0.5]  # an answer that is no number has no place
+    assert scatter["y"] == [1.5, 2.0, 0.25]
+    text = " ".join(page.texts)
+    assert "row 4: spam, predicted ham (99 % sure)" in text
+    assert "<b>win</b> a prize" in text
+    assert "row 1: \u22122.00, predicted no answer" in text
+
+
+def test_scores_have_the_interval_of_a_bootstrap(tmp_path):
+    write_run(tmp_path, {"movies": KINDS["movies"]})
+    random = np.random.default_rng(0)
+    targets = random.standard_normal(200)
+    guesses = targets + random.standard_normal(200)
+    write_predictions(
+        tmp_path,
+        {"movies": {"targets": list(targets), "predictions": list(guesses), "confidence": [None] * 200, "worst": []}},
+    )
+    score = float(np.corrcoef(targets, guesses)[0, 1])
+    edit(tmp_path / "results.json", lambda r: r["tasks"][0]["metrics"]["test"].update(pearson=score))
+    page = Page(report.write_report(tmp_path))
+    texts = " ".join(page.texts)
+    low, high = map(float, re.search(r"(0\.\d{3}) to (0\.\d{3})", texts).groups())
+    expected = scipy.stats.bootstrap(
+        (targets, guesses), lambda a, b: np.corrcoef(a, b)[0, 1], paired=True, method="percentile", random_state=0,
+        vectorized=False, n_resamples=1000,
+    ).confidence_interval  # fmt: skip
+    assert low < score < high
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.02)
+
+
+# --- several runs --------------------------------------------------------------------------------------------------
+
+
+def write_seeds(folder, methods=("unolora", "lora"), seeds=(0, 1, 2)):
+    """Write runs of some methods and seeds, as `unolora train` does; return their folders."""
+    found = []
+    for method in methods:
+        for seed in seeds:
+            path = folder / f"{method}-{seed}"
+            write_run(path, method=method)
+
+            def change(results, seed=seed, method=method):
+                results["seed"] = seed
+                results["parameters"]["file_bytes"] = 1000
+                for task in results["tasks"]:
+                    for split in ("validation", "test"):
+                        task["metrics"][split] = {
+                            m: v + 0.02 * wobble(seed, method, m) for m, v in task["metrics"][split].items()
+                        }
+                results["averages"]["mean_of_first_metrics"] = {
+                    split: sum(t["metrics"][split][t["score_metric"]] for t in results["tasks"]) / len(results["tasks"])
+                    for split in ("validation", "test")
+                }
+
+            edit(path / "results.json", change)
+            (path / "config.yaml").write_text(f"method: lora-shared\ntasks: [spam]\ntraining: {{seed: {seed}}}\n")
+            found.append(path)
+    return found
+
+
+def test_a_comparison_averages_over_seeds(tmp_path):
+    folders = write_seeds(tmp_path)
+    page = Page(report.write_comparison(folders, tmp_path / "out.html"))
+    _, rows = page.table("Average over tasks")
+    assert [row[0] for row in rows] == ["UnoLoRA* (task+sample)", "LoRA, one for all"]
+    averages = [
+        json.loads((f / "results.json").read_text())["averages"]["mean_of_first_metrics"]["test"] for f in folders
+    ]
+    ours, other = np.array(averages[:3]), np.array(averages[3:])
+    assert [row[1] for row in rows] == pytest.approx([ours.mean(), other.mean()])
+    assert rows[1][2] == pytest.approx((other - ours).mean())
+    half = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(ours)
+    assert f"± {half:.3f}" in " ".join(page.texts)
+    (curves,) = [f for f in page.figures if len(f["plots"]) == 7 and f["plots"][0]["data"][0].get("fill")]
+    band, line = curves["plots"][0]["data"][0], curves["plots"][0]["data"][2]
+    assert len(band["x"]) == 2 * len(line["x"])
+    assert page.notes == []
+    assert page.open == []
+    assert "nothing to analyse" in " ".join(page.texts)
+
+
+def test_a_comparison_says_what_it_leaves_out(tmp_path):
+    folders = write_seeds(tmp_path, seeds=(0,))
+    half = tmp_path / "half"
+    write_run(half)
+    (half / "results.json").unlink()
+    no_seed = tmp_path / "no-seed"
+    write_run(no_seed)
+    edit(no_seed / "results.json", lambda r: r.pop("seed"))
+    other = write_run(tmp_path / "other", {"spam": KINDS["spam"]}, method="frozen")
+    assert len(other["tasks"]) == 1
+    edit(tmp_path / "other" / "results.json", lambda r: r["parameters"].update(file_bytes=10))
+    (tmp_path / "other" / "config.yaml").unlink()
+    log = folders[0] / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"kind": "train", "step": 500, "loss": NaN}\n')
+    page = Page(report.write_comparison([*folders, half, no_seed, tmp_path / "other"], tmp_path / "out.html"))
+    text = " ".join(page.notes)
+    for said in ("half: no results.json, the run is not finished", "no key 'seed'", "differ in task movies",
+                 "one seed only", "the loss at step 500 is no number"):  # fmt: skip
+        assert said in text
+    assert len(page.table("Average over tasks")[1]) == 3
+    with pytest.raises(InputError, match="the run is not finished"):
+        report.write_comparison([half], tmp_path / "no.html")
+    with pytest.raises(InputError, match="unknown row 'UnoLoRB'"):
+        report.write_comparison(folders, tmp_path / "no.html", against="UnoLoRB")
+    assert not (tmp_path / "no.html").exists()
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
@@ -526,7 +720,7 @@ def contrast(one, other):
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_colours_pass_wcag_aa(theme):
-    style = (Path(report.__file__).parent / "assets" / "report.css").read_text(encoding="utf-8")
+    style = (Path(charts.__file__).parent / "assets" / "report.css").read_text(encoding="utf-8")
     pairs = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", style)
     colours = {name: pair[theme] for name, *pair in pairs}
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
@@ -534,46 +728,6 @@ def test_colours_pass_wcag_aa(theme):
         for text in ("ink", "muted", "link", "better", "worse"):
             assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
     series = [name for name in colours if name.startswith("series-")]
-    assert len(series) == len(report.DASHES) == len(report.MARKERS) == 8
-    for name in series:
+    assert len(series) == len(charts.DASHES) == len(charts.MARKERS) == 8
+    for name in [*series, "high", "low"]:
         assert contrast(colours[name], colours["page"]) >= 3, name
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def browse(url, profile):
-    """Open a page without a window; return the document after its scripts have run, and what went to the console."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
-    flags += ["--virtual-time-budget=20000", f"--user-data-dir={profile}", "--dump-dom", url]
-    done = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, check=True, timeout=240)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-def test_figures_are_drawn_in_a_browser(suite, tmp_path):
-    pytest.importorskip("plotly")
-    folder, _, page = suite
-    broken = tmp_path / "broken.html"
-    broken.write_text("<script>throw new Error('noticed')</script>", encoding="utf-8")
-    assert any("noticed" in line for line in browse(broken.as_uri(), tmp_path / "profile")[1])
-
-    # as it opens in the light theme, and after a click on the theme button and on the first key of each figure
-    clicks = "document.querySelectorAll('#theme, figure .key:first-child').forEach((button) => button.click())"
-    script = f"<script>setTimeout(() => {clicks}, 5000)</script>"
-    clicked = tmp_path / "clicked.html"
-    clicked.write_text(page.source.replace("</body>", f"{script}</body>"), encoding="utf-8")
-    marks, inks = [], []
-    for path in (folder / "report.html", clicked):
-        document, console = browse(f"{path.as_uri()}#theme=light", tmp_path / path.stem)
-        assert console == []
-        plots = document.split('class="plot js-plotly-plot"')[1:]
-        assert len(plots) == sum(len(figure["plots"]) for figure in page.figures) == 10
-        assert all('<svg class="main-svg"' in plot for plot in plots)
-        marks.append([len(re.findall(r'class="trace (?:bars|scatter)', plot)) for plot in plots])
-        inks.append(re.search(r'class="xtick".*?fill: (rgb\([^)]*\))', document, re.DOTALL).group(1))
-    assert marks[0] == [len(plot["data"]) for figure in page.figures for plot in figure["plots"]]
-    assert marks[1] == [count - 1 for count in marks[0]]
-    assert inks[0] != inks[1]

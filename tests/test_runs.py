@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import tiny
-from unolora import runs, scoring, tasks
+from unolora import analysis, runs, scoring, tasks
 from unolora.config import UnoLoraConfig
 from unolora.data import Collator
 from unolora.errors import CheckpointError, InputError
@@ -191,8 +191,10 @@ def test_the_files_of_a_run(method):
     run = tiny.trained(method)
     found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     adapter = {f"adapter/{name}" for name in FILES[method] | {"heads.safetensors", "tasks.json", "README.md"}}
-    files = {"config.yaml", "environment.json", "metrics.jsonl", "results.json", "report.html"}
-    assert found == files | adapter
+    files = {"config.yaml", "environment.json", "metrics.jsonl", "predictions.json", "results.json", "report.html"}
+    learned = {f"analysis/{name}.{kind}" for name in ("table", "summary") for kind in ("csv", "parquet")}
+    learned |= {"analysis/about.json", "analysis/arrays.safetensors"}
+    assert found == files | adapter | (learned if method in analysis.WITH_PAIRS else set())
     modes = {stat.S_IMODE(path.stat().st_mode) for path in run.rglob("*") if path.is_file()}
     assert modes == {stat.S_IMODE((run / "metrics.jsonl").stat().st_mode)}, "as other programs' files, not private"
 

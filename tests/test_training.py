@@ -19,6 +19,7 @@ from unolora.settings import from_dict
 def _quick(monkeypatch):
     """Without the report and the waits for the disk: a third of a tiny run's time, and tested elsewhere."""
     monkeypatch.setattr("unolora.report.write_report", lambda folder: folder)
+    monkeypatch.setattr(training, "_analyse", lambda *_: None)
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
@@ -529,6 +530,18 @@ def test_integrations_that_are_not_there_are_refused_before_anything_is_written(
     with pytest.raises(InputError, match=r"`training.report_to` names 'wandbb', which is not known or not installed"):
         training.train(tiny.settings(tmp_path / "run", training={"report_to": ["wandbb"]}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_the_losses_and_the_scores(tmp_path, monkeypatch):
+    """Through the Trainer's integration, as W&B, MLflow and trackio would."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    run = training.train(tiny.settings(tmp_path / "run", training={"report_to": ["tensorboard"]}))
+    events = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    averages = {line["step"]: line["average"] for line in tiny.lines(run) if line["kind"] == "evaluation"}
+    assert {event.step: event.value for event in events.Scalars("eval/average")} == pytest.approx(averages)
+    assert {f"eval/{name}" for name in tiny.NAMES} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == [5, 10, 12]
 
 
 def test_tasks_may_be_called_as_modules_are(tmp_path):

@@ -19,7 +19,7 @@ import yaml
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import TrainerCallback
 
-from unolora import training
+from unolora import analysis, training
 from unolora.report import write_report
 from unolora.settings import Settings, from_dict
 
@@ -202,7 +202,9 @@ TRAINERS: dict[str, training.MultiTaskTrainer] = {}
 def trained(method: str = "unolora") -> Path:
     """A finished run of a method, uninterrupted, whose trainer is in TRAINERS. For reading only."""
     run = training.train(settings(folder() / "run", method=method), progress=watched(TRAINERS, method))
-    if not (run / "report.html").exists():  # the first test that asked may do without reports
+    if method in analysis.WITH_PAIRS and not (run / "analysis").exists():  # the first test that asked may do without
+        analysis.write(analysis.analyze([run]), run / "analysis")
+    if not (run / "report.html").exists():
         write_report(run)
     return run
 

@@ -80,7 +80,7 @@ class Figure:
     alt: str
     panels: list[Panel]
     keys: list[tuple[str, int]]
-    wide: bool = False  # each panel takes the whole width
+    columns: int = 3  # at most that many panels beside each other
 
 
 # ---------------------------------------------------------------- numbers as text

@@ -271,18 +271,19 @@ def report(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="of a comparison; default: comparison.html beside the first run"
     )
+    parser.add_argument("--against", metavar="LABEL", help="the method that a comparison takes differences to")
     options = parser.parse_args(arguments)
     from unolora.report import write_comparison, write_report
 
     first = options.run[0]
     alone = len(options.run) == 1 and (not first.is_dir() or any((first / name).is_file() for name in RUN_FILES))
-    if alone and options.output:
-        raise InputError("--output is for a comparison: a run's report is the report.html in its folder")
+    if alone and (options.output or options.against):
+        raise InputError("--output and --against are for a comparison: a run's report is the report.html in its folder")
     if alone:
         _write(str(write_report(first)))
     else:
         beside = first if len(options.run) == 1 else first.resolve().parent
-        _write(str(write_comparison(options.run, options.output or beside / "comparison.html")))
+        _write(str(write_comparison(options.run, options.output or beside / "comparison.html", options.against)))
     return 0
 
 

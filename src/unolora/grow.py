@@ -298,7 +298,7 @@ def _rooted(task: Task, root: Path | None) -> Task:
         return task
     start = (root or Path()).resolve()
     names = {split: getattr(task.source, split) for split in ("train", "validation", "test")}
-    full = {split: str(start / Path(name).expanduser()) for split, name in names.items() if name}
+    full: Any = {split: str(start / Path(name).expanduser()) for split, name in names.items() if name}
     return replace(task, source=replace(task.source, **full))
 
 

@@ -168,7 +168,7 @@ def overlaps(comparisons: Sequence[Row]) -> Figure | None:
     series += [Series(matrix, number, found) for number, (matrix, found) in enumerate(of_matrix.items(), start=1)]
     alt = "Marks with intervals: how much the subspaces of A and of B overlap between adapters, beside random ones."
     panel = marks("", series, first="Adapters", x="overlap: mean squared cosine of the principal angles")
-    return Figure("Overlap of subspaces", alt, [panel], keys_of(series), wide=True)
+    return Figure("Overlap of subspaces", alt, [panel], keys_of(series), columns=1)
 
 
 def _pairing(row: Row) -> str:
@@ -197,7 +197,7 @@ def scales(name: str, means: Array, spreads: Array, tasks: Sequence[str], projec
             "title": {"text": "projections and their ranks"},
         }
     alt = "Heat maps of tasks by ranks: the mean scale, and how much it differs between the samples of a task."
-    return Figure(f"Scales: {name}", alt, [of_task, within], [], wide=True)
+    return Figure(f"Scales: {name}", alt, [of_task, within], [], columns=1)
 
 
 def _flat(values: Array) -> list[list[float]]:
@@ -245,5 +245,5 @@ def ablated(name: str, rows: Sequence[Row]) -> Figure:
     alt = "Heat map of how the validation score of each task changes without a part of the adapter."
     options: dict[str, Any] = {"scale": "diverging", "how": "gain", "first": "Without"}
     return Figure(
-        f"Without a part of the adapter: {name}", alt, [grid("", parts, names, cells, **options)], [], wide=True
+        f"Without a part of the adapter: {name}", alt, [grid("", parts, names, cells, **options)], [], columns=1
     )

@@ -7,6 +7,7 @@ sight, without JavaScript or without plotly.
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,12 @@ def _plotly() -> str | None:
         from plotly.offline import get_plotlyjs
     except ImportError:
         return None
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), compresslevel=6, mtime=0)).decode()
+    return _packed(get_plotlyjs())
+
+
+@functools.lru_cache(maxsize=1)
+def _packed(script: str) -> str:
+    return base64.b64encode(gzip.compress(script.encode(), compresslevel=6, mtime=0)).decode()
 
 
 def listed(items: Sequence[Any]) -> list[Any]:

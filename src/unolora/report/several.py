@@ -17,6 +17,7 @@ from unolora.report import learned
 from unolora.report.page import Code, More, Page, Section, listed, render
 from unolora.report.read import AVERAGE, Run, read, text
 
+REFERENCE = "UnoLoRA"
 MOST_STEPS = 60
 """Of a curve with a band."""
 
@@ -33,18 +34,21 @@ class _Row:
         return _span(self.row["scores"].get(f"{task} {metric}"))
 
 
-def write_comparison(folders: Sequence[Path], path: Path) -> Path:
+def write_comparison(folders: Sequence[Path], path: Path, against: str | None = None) -> Path:
     """Write a page that compares runs, averaged over their seeds, and return its path.
 
     Args:
         folders: Run folders (their baselines count too), or folders of such.
         path: The file to write.
+        against: Label of the method that the others are compared to; by default plain UnoLoRA, or else the first.
 
     Raises:
-        InputError: No folder holds a finished run, or two runs are the same method, settings and seed.
+        InputError: No folder holds a finished run, two runs are the same method, settings and seed, or there is no
+            method `against`.
     """
     runs, notes = _finished(folders)
-    found = compare.rows(runs)
+    usual = next((row["label"] for row in compare.rows(runs) if row["label"] == REFERENCE), None)
+    found = compare.rows(runs, against=against or usual)
     notes += [f"The runs differ in {name}, so their scores don't compare." for name in compare.differences(runs)]
     rows = [_Row(number, row, _read(row["folders"], number, notes)) for number, row in enumerate(found, start=RUN)]
     tasks = list(dict.fromkeys(name for row in found for name in row["first"]["tasks"]))
@@ -171,7 +175,7 @@ def _marks(title: str, rows: Sequence[_Row], values: Mapping[str, Sequence[Any]]
             replace(panel, table=Table(panel.table.caption, [Column("Method"), Column("Score", "score")], body))
         )
     alt = f"Marks with intervals over seeds for {len(rows)} methods."
-    return Figure(title, alt, panels, [(row.label, row.number) for row in rows])
+    return Figure(title, alt, panels, [(row.label, row.number) for row in rows], columns=2)
 
 
 def _against_parameters(rows: Sequence[_Row]) -> Figure:
@@ -199,7 +203,7 @@ def _curves(rows: Sequence[_Row], tasks: Sequence[str]) -> list[Any]:
         series = [
             _curve(row, [{s: v.get(name) for s, v in run.validation.items()} for run in row.runs]) for row in rows
         ]
-        if any(each.points for each in series):
+        if any(len(each.points) > 1 for each in series):
             panels.append(lines(name, series))
     losses = [_curve(row, [run.loss for run in row.runs]) for row in rows]
     about = "Means over seeds; the bands are 95 % intervals (Student's t). A key above a figure hides its method."
@@ -208,7 +212,7 @@ def _curves(rows: Sequence[_Row], tasks: Sequence[str]) -> list[Any]:
     return listed(
         [
             about,
-            Figure("Validation score by step", alt, panels, keys) if panels else "No run has logged validation scores.",
+            Figure("Validation score by step", alt, panels, keys) if panels else "No run was validated more than once.",
             loss if any(each.points for each in losses) else None,
         ]
     )
