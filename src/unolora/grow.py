@@ -26,7 +26,7 @@ import torch.nn.functional as F  # noqa: N812
 import yaml
 from torch import Tensor
 
-from unolora import metrics, runs, scoring
+from unolora import metrics, quantise, runs, scoring
 from unolora.atomic import new_folder, write_json, write_text
 from unolora.data import Collator, Encoded
 from unolora.errors import InputError, unknown
@@ -151,6 +151,7 @@ def add_task(
     results = _results(folder)
     data = _data(own, _rooted(task.as_text() if text else task, root), examples)
     run = runs.load_run(folder)
+    quantise.check_trainable(run.model)
     parts = _parts(run.model, run.tasks)
     lesson = _prepare(run, parts, own, data, start, tune)
     tasks = [each.task for each in lesson.data]

@@ -35,6 +35,7 @@ from unolora.config import PEFT_TYPE, UnoLoraConfig, task_names
 from unolora.errors import InputError, unknown
 from unolora.hypernetwork import Hypernetwork, encode_sample
 from unolora.layer import UnoLoraLayer, current_scales, scaled_by
+from unolora.quantise import is_packed
 
 Tasks = Tensor | Sequence[str] | Sequence[int] | str
 """Task rows [B] as a LongTensor, or their names (or rows) one for each sample, or one name for the whole batch."""
@@ -86,8 +87,9 @@ class UnoLoraLinear(UnoLoraLayer, BaseTunerLayer):
     def merged_weight(self, name: str) -> Tensor:
         """Return W with the adapter's update; a scale, where there is one, is taken from the running `condition`."""
         weight = self.base_layer.weight
-        if not weight.is_floating_point():
-            raise InputError(f"W is stored as {weight.dtype}: load the backbone unquantised to merge into it")
+        if is_packed(weight):
+            stored = type(weight.data).__name__ if weight.is_floating_point() else weight.dtype
+            raise InputError(f"W is stored as {stored}: load the backbone unquantised to merge into it")
         return weight.data + self.delta_weight(name).to(weight.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

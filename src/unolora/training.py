@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from unolora import metrics, runs, scoring
+from unolora import metrics, quantise, runs, scoring
 from unolora.atomic import explained, new_folder, write_json, write_text
 from unolora.data import Collator, Encoded, TaskRows, TrainingBatches
 from unolora.errors import CheckpointError, InputError
@@ -152,7 +152,9 @@ def _prepare_folder(folder: Path, settings: Settings, root: Path | None, resume:
 
 def _build(settings: Settings, method: str, data: Sequence[rows.TaskData]) -> tuple[runs.Model, Any]:
     moments = {d.task.name: Moments.of(d.splits["train"].targets) for d in data if d.task.kind == "regression"}
-    return runs.build(settings, method, [d.task for d in data], moments)
+    model, tokenizer = runs.build(settings, method, [d.task for d in data], moments)
+    quantise.check_trainable(model)
+    return model, tokenizer
 
 
 def _encode(settings: Settings, data: Sequence[rows.TaskData], model: runs.Model, tokenizer: Any) -> Splits:
