@@ -137,7 +137,11 @@ class UnoLoraModel(BaseTuner):
                 stacklevel=2,
             )
             earlier.tuner.unload()
+        # PEFT would enter this adapter in the table of another method's that is there already, and confuse the two.
+        others = model.__dict__.pop("peft_config", None)
         super().__init__(model, peft_config, adapter_name, **kwargs)
+        if others is not None:
+            model.__dict__["peft_config"] = others
         for name in ("forward", "generate"):
             if hasattr(model, name):
                 setattr(model, name, Conditioned(self, getattr(model, name), generates=name == "generate"))
@@ -707,6 +711,11 @@ def _widths(target: nn.Module, key: str) -> tuple[int, int]:
         raise InputError(
             f"`target_modules` matches {key!r}, whose weight nn.MultiheadAttention reads without calling it, so that "
             "an adapter would do nothing; leave it to `exclude_modules`"
+        )
+    if isinstance(target, BaseTunerLayer):
+        raise InputError(
+            f"`target_modules` matches {key!r}, which has an adapter of another method already; two methods share a "
+            "backbone, not a projection: name others, or leave this one to `exclude_modules`"
         )
     if isinstance(target, nn.Linear):
         return target.in_features, target.out_features
