@@ -13,6 +13,7 @@ from peft.peft_model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from safetensors.torch import load_file
 from torch import nn
 
 from conftest import (
@@ -298,6 +299,34 @@ def test_adapters_of_the_same_name_and_of_another_method_are_refused():
         model.add_adapter("default", settings())
     with pytest.raises(ValueError, match="different peft types"):
         model.add_adapter("other", LoraConfig())
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+def test_beside_a_plain_lora(tmp_path):
+    """LoRA on the keys, UnoLoRA* on queries and values, each with its own files."""
+    inputs = batch("bert")
+    lora = get_peft_model(backbone("bert"), LoraConfig(target_modules=["key"], init_lora_weights=False)).eval()
+    lora.save_pretrained(tmp_path / "lora")  # later, PEFT would put what UnoLoRA adds into the file as well
+    lora.requires_grad_(False)  # else the two train together
+    alone = output(lora, **inputs)
+    model = wake(get_peft_model(lora.base_model.model, settings())).eval()
+    both = output(model, **inputs, tasks=MIXED)
+    assert apart(both, alone) > 1e-3, "UnoLoRA is felt"
+    assert apart(both, output(adapted("bert"), **inputs, tasks=MIXED)) > 1e-3, "LoRA is felt"
+    assert (type(lora.peft_config["default"]), type(model.peft_config["default"])) == (LoraConfig, UnoLoraConfig)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert [n for n in trained if ".uno_" not in n] == [], "LoRA stays frozen"
+    model.save_pretrained(tmp_path / "uno")
+    assert all(".uno_" in name for name in load_file(tmp_path / "uno" / "adapter_model.safetensors"))
+    again = PeftModel.from_pretrained(backbone("bert"), tmp_path / "lora").eval()
+    assert torch.equal(output(again, **inputs), alone), "its files go alone"
+    again = PeftModel.from_pretrained(again.base_model.model, tmp_path / "uno").eval()
+    assert torch.equal(output(again, **inputs, tasks=MIXED), both)
+    with again.disable_adapter():  # PEFT's switch is for all adapters of a backbone
+        assert torch.equal(output(again, **inputs), output(backbone("bert"), **inputs))
+    with pytest.raises(InputError, match="which has an adapter of another method already"):
+        get_peft_model(get_peft_model(backbone("bert"), LoraConfig()).base_model.model, settings())
 
 
 @pytest.mark.parametrize("name", ["a.b", "train", "keys", "to"])

@@ -22,7 +22,8 @@ ALLOWED = {
     "layer": {"fused"},
     "hypernetwork": set(),
     "checkpoint": {"config"},
-    "model": {"checkpoint", "config", "hypernetwork", "layer"},
+    "quantise": set(),
+    "model": {"checkpoint", "config", "hypernetwork", "layer", "quantise"},
     "atomic": set(),
     "lock": {"atomic"},
     "processes": set(),
@@ -35,7 +36,9 @@ ALLOWED = {
     "heads": {"hypernetwork", "methods", "tasks"},
     "data": {"sampling", "tasks"},
     "text": {"data", "heads", "methods", "metrics", "tasks"},
-    "runs": {"atomic", "checkpoint", "config", "data", "heads", "methods", "processes", "settings", "tasks", "text"},
+    "runs": {
+        "atomic", "checkpoint", "config", "data", "heads", "methods", "processes", "quantise", "settings", "tasks", "text"
+    },
     "scoring": {"data", "metrics", "processes", "runs", "tasks", "text"},
     "serving": {"atomic", "data", "layer", "methods", "model", "runs", "scoring", "tasks", "text"},
     "compare": {"runs", "settings"},
@@ -50,17 +53,18 @@ ALLOWED = {
     "bench": {"atomic", "config", "doctor", "model"},
     "training": {
         "analysis", "atomic", "data", "gradients", "heads", "lock", "methods", "metrics", "processes", "recovery",
-        "report", "runs", "sampling", "scoring", "settings", "tasks"
+        "quantise", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
     "static_scale": {"data", "heads", "layer", "methods", "runs", "text"},
     "onnx_graph": {"hypernetwork"},
     "howto": {"runs", "tasks", "text"},
     "export": {
-        "atomic", "config", "data", "heads", "howto", "methods", "metrics", "onnx_graph", "runs", "scoring",
-        "static_scale", "tasks", "text",
+        "atomic", "config", "data", "heads", "howto", "methods", "metrics", "onnx_graph", "quantise", "runs",
+        "scoring", "static_scale", "tasks", "text",
     },
     "grow": {
-        "atomic", "data", "heads", "hypernetwork", "metrics", "recovery", "report", "runs", "scoring", "settings",
+        "atomic", "data", "heads", "hypernetwork", "metrics", "quantise", "recovery", "report", "runs", "scoring",
+        "settings",
         "tasks", "text", "training",
     },
     "cli": {

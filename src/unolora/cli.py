@@ -260,7 +260,7 @@ def _cost(done: Exported) -> str:
     how = "distilled" if done.distilled else "mean"
     return (
         f"{how} scale over {done.calibrated_on} rows; validation {metric} {before:.4f} -> {after:.4f}, "
-        f"lost {before - after:.4f}"
+        f"lost {before - after:z.4f}"
     )
 
 

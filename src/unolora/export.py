@@ -30,6 +30,7 @@ from unolora.data import Collator, Encoded
 from unolora.errors import InputError, unknown
 from unolora.heads import MultiTaskModel
 from unolora.methods.method import Method
+from unolora.quantise import is_packed
 from unolora.runs import Run
 from unolora.static_scale import ADAPTER, distilled_scale, mean_scale
 from unolora.tasks import Task
@@ -38,6 +39,7 @@ from unolora.tasks.rows import Rows, fill
 from unolora.text import TextModel
 
 FORMATS = ("peft-lora", "merged", "onnx")
+QUANTISED = "backbone {!r} is quantised, which a merged one can't be; export it as peft-lora"
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ def _score(run: Run, model: runs.Model, row: int, rows: Encoded) -> dict[str, fl
 def _with_lora(run: Run, lora: LoraConfig, tensors: dict[str, Tensor]) -> Any:
     """Put a plain LoRA on the backbone, loaded anew."""
     answers = "text" if isinstance(run.model, TextModel) else "heads"
-    adapted = get_peft_model(runs.load_backbone(run.settings.backbone, answers)[0], lora)
+    adapted = get_peft_model(runs.load_backbone(run.settings.backbone, answers, run.settings.quantization)[0], lora)
     set_peft_model_state_dict(adapted, tensors)
     return adapted.eval()
 
@@ -287,12 +289,12 @@ def _plain(run: Run, lora: LoraConfig, tensors: dict[str, Tensor]) -> runs.Model
 
 def _merged(run: Run, lora: LoraConfig, tensors: dict[str, Tensor]) -> Any:
     """Merge into the backbone's weights; a file such as GGUF's was unpacked as it was read, and so it is written."""
+    if run.settings.quantization != "none":
+        raise InputError(QUANTISED.format(run.settings.backbone))
     merged = _with_lora(run, lora, tensors).merge_and_unload()
     if getattr(merged, "hf_quantizer", None) is not None:
-        if not all(parameter.is_floating_point() for parameter in merged.parameters()):
-            raise InputError(
-                f"backbone {run.settings.backbone!r} is quantised, which a merged one can't be; export it as peft-lora"
-            )
+        if any(is_packed(parameter) for parameter in merged.parameters()):
+            raise InputError(QUANTISED.format(run.settings.backbone))
         merged.hf_quantizer = None
         if hasattr(merged.config, "quantization_config"):
             del merged.config.quantization_config

@@ -26,7 +26,7 @@ import torch.nn.functional as F  # noqa: N812
 import yaml
 from torch import Tensor
 
-from unolora import metrics, recovery, runs, scoring
+from unolora import metrics, quantise, recovery, runs, scoring
 from unolora.atomic import new_folder, write_json, write_text
 from unolora.data import Collator, Encoded
 from unolora.errors import InputError, unknown
@@ -152,6 +152,7 @@ def add_task(
     full = _data(own, _rooted(task.as_text() if text else task, root))
     data = _fewer(full, examples, own.training.seed)
     run = runs.load_run(folder)
+    quantise.check_trainable(run.model)
     parts = _parts(run.model, run.tasks)
     lesson = _prepare(run, parts, own, data, start, tune)
     tasks = [each.task for each in lesson.data]

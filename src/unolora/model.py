@@ -35,6 +35,7 @@ from unolora.config import PEFT_TYPE, UnoLoraConfig, task_names
 from unolora.errors import InputError, unknown
 from unolora.hypernetwork import Hypernetwork, encode_sample
 from unolora.layer import UnoLoraLayer, current_scales, scaled_by
+from unolora.quantise import is_packed
 
 Tasks = Tensor | Sequence[str] | Sequence[int] | str
 """Task rows [B] as a LongTensor, or their names (or rows) one for each sample, or one name for the whole batch."""
@@ -86,8 +87,9 @@ class UnoLoraLinear(UnoLoraLayer, BaseTunerLayer):
     def merged_weight(self, name: str) -> Tensor:
         """Return W with the adapter's update; a scale, where there is one, is taken from the running `condition`."""
         weight = self.base_layer.weight
-        if not weight.is_floating_point():
-            raise InputError(f"W is stored as {weight.dtype}: load the backbone unquantised to merge into it")
+        if is_packed(weight):
+            stored = type(weight.data).__name__ if weight.is_floating_point() else weight.dtype
+            raise InputError(f"W is stored as {stored}: load the backbone unquantised to merge into it")
         return weight.data + self.delta_weight(name).to(weight.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -135,7 +137,11 @@ class UnoLoraModel(BaseTuner):
                 stacklevel=2,
             )
             earlier.tuner.unload()
+        # PEFT would enter this adapter in the table of another method's that is there already, and confuse the two.
+        others = model.__dict__.pop("peft_config", None)
         super().__init__(model, peft_config, adapter_name, **kwargs)
+        if others is not None:
+            model.__dict__["peft_config"] = others
         for name in ("forward", "generate"):
             if hasattr(model, name):
                 setattr(model, name, Conditioned(self, getattr(model, name), generates=name == "generate"))
@@ -705,6 +711,11 @@ def _widths(target: nn.Module, key: str) -> tuple[int, int]:
         raise InputError(
             f"`target_modules` matches {key!r}, whose weight nn.MultiheadAttention reads without calling it, so that "
             "an adapter would do nothing; leave it to `exclude_modules`"
+        )
+    if isinstance(target, BaseTunerLayer):
+        raise InputError(
+            f"`target_modules` matches {key!r}, which has an adapter of another method already; two methods share a "
+            "backbone, not a projection: name others, or leave this one to `exclude_modules`"
         )
     if isinstance(target, nn.Linear):
         return target.in_features, target.out_features

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from unolora import quantise
 from unolora import settings as run_settings
 from unolora.atomic import new_folder, write_text
 from unolora.checkpoint import Checkpoint
@@ -170,28 +171,29 @@ def _form(settings: Settings, source: _Source) -> str:
     return chosen
 
 
-def load_backbone(name: str, answers: str = "heads") -> tuple[Any, Any]:
+def load_backbone(name: str, answers: str = "heads", quantization: str = "none") -> tuple[Any, Any]:
     """Load a frozen backbone and its tokenizer.
 
     Args:
         name: "minilm" (an encoder, 22M parameters) or "smollm2" (a decoder, 135M), which come by pip, a folder, or a
             model on the hub. No remote code is run.
         answers: "heads" for a model that gives one state for each token, "text" for a language model.
+        quantization: One of `settings.QUANTISATIONS`.
 
     Raises:
         InputError: It can't be found or reached, or is no such model.
     """
-    return _load_backbone(_look_up(name), answers)
+    return _load_backbone(_look_up(name), answers, quantization)
 
 
-def _load_backbone(source: _Source, answers: str) -> tuple[Any, Any]:
+def _load_backbone(source: _Source, answers: str, quantization: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    name = source.name
+    name, more = source.name, quantise.loading(quantization)
     with _loading(name):
         kind = AutoModel if answers == "heads" else AutoModelForSeq2SeqLM if source.encodes else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(**source.arguments)
-        backbone = kind.from_pretrained(**source.arguments, config=source.config, dtype=torch.float32)
+        backbone = kind.from_pretrained(**source.arguments, config=source.config, dtype=torch.float32, **more)
     if answers == "text":
         return backbone.requires_grad_(False), tokenizer
     if not isinstance(getattr(backbone.config, "hidden_size", None), int):
@@ -215,6 +217,8 @@ def fingerprint(backbone: Any) -> dict[str, str]:
     }
     weights = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
+        if quantise.is_packed(tensor) and tensor.is_floating_point():  # torchao's own kind of tensor
+            tensor = tensor.dequantize()
         first = tensor.detach().flatten()[:FIRST_WEIGHTS].to("cpu", torch.float32).contiguous()
         weights.update(f"{name} {list(tensor.shape)}".encode() + first.numpy().tobytes())
     config = json.dumps(kept, sort_keys=True, default=str)
@@ -248,7 +252,7 @@ def build(settings: Settings, method: str, tasks: Sequence[Task], moments: Mappi
     """
     source = _look_up(settings.backbone)
     answers = _form(settings, source)
-    backbone, tokenizer = _load_backbone(source, answers)
+    backbone, tokenizer = _load_backbone(source, answers, settings.quantization)
     base = fingerprint(backbone)
     torch.manual_seed(settings.training.seed)
     heads: TaskHeads | Answers

@@ -17,6 +17,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16")
 FORMS = ("auto", "heads", "text")
 SCORINGS = ("labels", "generation")
+QUANTISATIONS = ("none", "int8", "int4", "bnb-8bit", "bnb-4bit")
 
 
 @dataclass
@@ -186,6 +187,8 @@ class Settings:
 
     backbone: str = "minilm"
     """minilm (comes by pip, no hub), a folder, or a model on the hub"""
+    quantization: str = "none"
+    """bits of the frozen backbone: none, int8 or int4 (torchao), bnb-8bit or bnb-4bit (bitsandbytes)"""
     method: str = "unolora"
     """what is trained: unolora, or a rival (`unolora.methods.METHODS`)"""
     tasks: list[Any] = field(default_factory=list)
@@ -219,6 +222,14 @@ class Settings:
         for method in [self.method, *self.baselines]:
             if method not in METHODS:
                 raise unknown("method", method, METHODS)
+        if self.quantization not in QUANTISATIONS:
+            raise unknown("quantization", self.quantization, QUANTISATIONS)
+        full = [method for method in [self.method, *self.baselines] if method.startswith("full")]
+        if self.quantization != "none" and full:
+            raise InputError(
+                f"method {full[0]!r} trains the backbone's own weights, which a `quantization` of "
+                f"{self.quantization!r} replaces; leave one of the two out"
+            )
         if self.answers not in FORMS:
             raise unknown("answers", self.answers, FORMS)
         if self.scoring not in SCORINGS:

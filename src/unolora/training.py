@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from unolora import gradients, lock, metrics, processes, recovery, runs, scoring
+from unolora import gradients, lock, metrics, processes, quantise, recovery, runs, scoring
 from unolora.atomic import explained, is_temporary, new_folder, sweep, write_json, write_text
 from unolora.data import Collator, Encoded, TaskRows, TrainingBatches, check_parts
 from unolora.errors import InputError
@@ -238,6 +238,7 @@ def _deterministic() -> Iterator[None]:
 def _build(settings: Settings, method: str, data: Sequence[rows.TaskData]) -> tuple[runs.Model, Any]:
     moments = {d.task.name: Moments.of(d.splits["train"].targets) for d in data if d.task.kind == "regression"}
     model, tokenizer = runs.build(settings, method, [d.task for d in data], moments)
+    quantise.check_trainable(model)
     if not model.method.mixes and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise InputError(
             f"method {method!r} runs a batch task by task, so ranks would ask for each other's parts of the weights "
