@@ -30,15 +30,21 @@ ALLOWED = {
     "methods": {"config", "model", "settings"},
     "settings": {"config", "methods", "sampling"},
     "heads": {"hypernetwork", "methods", "tasks"},
-    "data": {"sampling", "tasks"},
-    "text": {"data", "heads", "methods", "metrics", "tasks"},
-    "runs": {"atomic", "checkpoint", "config", "data", "heads", "methods", "settings", "tasks", "text"},
+    "tokens": {"atomic"},
+    "data": {"sampling", "tasks", "tokens"},
+    "text": {"data", "heads", "methods", "metrics", "tasks", "tokens"},
+    "runs": {
+        "atomic", "checkpoint", "config", "data", "doctor", "fused", "heads", "methods", "settings", "tasks", "text"
+    },
     "scoring": {"data", "metrics", "runs", "tasks", "text"},
     "report": {"atomic"},
     "compare": {"runs", "settings"},
     "progress": {"training"},
     "doctor": {"tasks"},
-    "bench": {"atomic", "config", "doctor", "model"},
+    "bench": {
+        "atomic", "config", "data", "doctor", "fused", "heads", "methods", "model", "report", "runs", "sampling", "settings", "tasks",
+        "text", "tokens", "training"
+    },
     "training": {
         "atomic", "data", "heads", "methods", "metrics", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },

@@ -14,7 +14,7 @@ from unolora.errors import InputError, unknown
 from unolora.sampling import STRATEGIES
 
 SCHEDULES = ("constant", "linear", "cosine")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "auto")
 FORMS = ("auto", "heads", "text")
 SCORINGS = ("labels", "generation")
 
@@ -146,7 +146,7 @@ class Training:
     seed: int = 0
     """of the weights, the batches and dropout"""
     precision: str = "fp32"
-    """fp32, or bf16 autocast"""
+    """fp32, bf16 (autocast), or auto: bf16 where the device has instructions for it"""
     report_to: list[str] = field(default_factory=list)
     """the Trainer's integrations to log to as well, e.g. tensorboard, wandb, mlflow, trackio"""
 

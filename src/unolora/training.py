@@ -72,6 +72,7 @@ def train(settings: Settings, *, root: Path | None = None, resume: bool = False,
         Interrupted: A signal stopped it; the checkpoint to go on from was written.
     """
     folder = Path(settings.output or "runs/run")
+    settings = runs.settled(settings)
     _check_folder(folder, settings, resume)
     _check_integrations(settings)
     data = load_data(settings, root)
