@@ -11,6 +11,7 @@ from unolora.data import Collator, Encoded, TaskRows, TrainingBatches, encode
 from unolora.errors import InputError
 from unolora.sampling import Sampler
 from unolora.tasks.rows import Rows
+from unolora.tokens import Ragged
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_pairs_become_pairs(words):
         ["[CLS]", "bad", "cat", "[SEP]"],
         ["[CLS]", "bad", "[SEP]", "cat", "[SEP]"],
     ]
-    assert two.inputs["token_type_ids"] == [[0, 0, 0, 1, 1]]
+    assert list(two.inputs["token_type_ids"]) == [[0, 0, 0, 1, 1]]
     assert set(one.inputs) == {"input_ids", "token_type_ids"}
 
 
@@ -85,7 +86,7 @@ def test_a_tokenizer_without_padding_gets_one(eos):
 
 
 def test_rows_are_addressed_by_task_and_row():
-    one, two = (Encoded({"input_ids": [[1]] * n}, np.arange(n)) for n in (2, 3))
+    one, two = (Encoded({"input_ids": Ragged.of([[1]] * n)}, np.arange(n)) for n in (2, 3))
     data = TaskRows([one, two])
     assert len(data) == 5
     assert data[1, 2] == (1, two, 2)

@@ -22,7 +22,7 @@ def small_chunks(monkeypatch):
 
 
 def numbers(*shape, dtype=torch.float64, grad=True):
-    return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
+    return torch.randn(shape, dtype=dtype).requires_grad_(grad)
 
 
 def mask_of(x, p, seed):
@@ -248,3 +248,42 @@ def test_any_number_of_leading_axes():
         x, y = torch.randn(*shape, 5), torch.randn(*shape, 3)
         assert down(x, A, 0.5).shape == (*shape, 2)
         assert up(y, down(x, A, 0.5), up_B).shape == y.shape
+
+
+# Dropout by itself
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 7), ()])
+def test_dropout_and_its_gradient_have_one_mask(shape, monkeypatch):
+    monkeypatch.setattr(fused, "CHUNK", 4)
+    x = numbers(*shape)
+    y = fused.Dropout(0.5)(x)
+    factors = (y / x).detach()
+    torch.testing.assert_close(factors * (2 - factors), torch.zeros_like(factors))  # each is 0 or 2
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], factors)
+
+
+def test_dropout_keeps_no_mask():
+    x = numbers(300, 400, dtype=torch.float32)
+    assert kept_bytes(lambda: fused.Dropout(0.1)(x))[0] == 0
+    assert kept_bytes(lambda: nn.Dropout(0.1)(x))[0] > 0
+
+
+def test_dropout_does_nothing_where_nn_dropout_does_nothing():
+    x = torch.ones(20, 30)
+    assert torch.equal(fused.Dropout(0.5).eval()(x), x)
+    assert torch.equal(fused.Dropout(0.0)(x), x)
+    assert not fused.Dropout(1.0)(x).any()
+    assert fused.Dropout(0.5, inplace=True)(x) is x
+    assert not x.all()
+
+
+def test_only_nn_dropout_itself_is_replaced():
+    class Own(nn.Dropout):
+        pass
+
+    model = nn.Sequential(nn.Dropout(0.3), nn.Sequential(nn.Dropout(0.2)), Own(0.1)).eval()
+    fused.replace_dropout(model)
+    assert [type(m) for m in model.modules() if isinstance(m, nn.Dropout)] == [fused.Dropout, fused.Dropout, Own]
+    assert [model[0].p, model[1][0].p] == [0.3, 0.2]
+    assert not model[0].training

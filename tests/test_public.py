@@ -34,10 +34,12 @@ ALLOWED = {
     "methods": {"config", "model", "settings"},
     "settings": {"config", "methods", "sampling"},
     "heads": {"hypernetwork", "methods", "tasks"},
-    "data": {"sampling", "tasks"},
-    "text": {"data", "heads", "methods", "metrics", "tasks"},
+    "tokens": {"atomic"},
+    "data": {"sampling", "tasks", "tokens"},
+    "text": {"data", "heads", "methods", "metrics", "tasks", "tokens"},
     "runs": {
-        "atomic", "checkpoint", "config", "data", "heads", "methods", "processes", "quantise", "settings", "tasks", "text"
+        "atomic", "checkpoint", "config", "data", "doctor", "fused", "heads", "methods", "processes", "quantise",
+        "settings", "tasks", "text",
     },
     "scoring": {"data", "metrics", "processes", "runs", "tasks", "text"},
     "serving": {"atomic", "data", "layer", "methods", "model", "runs", "scoring", "tasks", "text"},
@@ -50,7 +52,10 @@ ALLOWED = {
     "report": {"analysis", "atomic", "charts", "compare", "metrics", "runs"},
     "progress": {"training"},
     "doctor": {"tasks"},
-    "bench": {"atomic", "config", "doctor", "model"},
+    "bench": {
+        "atomic", "config", "data", "doctor", "fused", "heads", "methods", "model", "report", "runs", "sampling",
+        "settings", "tasks", "text", "tokens", "training",
+    },
     "training": {
         "analysis", "atomic", "data", "gradients", "heads", "lock", "methods", "metrics", "processes", "recovery",
         "quantise", "report", "runs", "sampling", "scoring", "settings", "tasks"

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 import tiny
-from unolora import runs, scoring, training
+from unolora import fused, runs, scoring, training
 from unolora.data import Collator, encode
 from unolora.errors import CheckpointError, InputError
 from unolora.settings import from_dict
@@ -551,3 +551,15 @@ def test_tasks_may_be_called_as_modules_are(tmp_path):
     for method in tiny.METHODS:
         run = training.train(plain(tmp_path, method, steps=2, method=method, tasks=tasks))
         assert [task.name for task in runs.load_run(run).tasks] == names
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_precision_auto_is_settled_before_the_run(native, precision, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "has_bf16", lambda: native)
+    run = training.train(plain(tmp_path, "run", training={"precision": "auto"}))
+    assert runs.read_settings(run).training.precision == precision
+
+
+def test_backbones_of_runs_draw_the_cheap_masks():
+    model = runs.load_run(tiny.trained()).model
+    assert [m for m in model.method.backbone.modules() if isinstance(m, fused.Dropout)]

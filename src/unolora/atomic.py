@@ -24,11 +24,20 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         InputError: There is no space, or the folder can't be written.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file that replaces what was there in one step.
+
+    Raises:
+        InputError: There is no space, or the folder can't be written.
+    """
     with explained(path):
         temporary = _beside(path)
         try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("xb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch.utils.data import Sampler as TorchSampler
 
 from unolora.errors import InputError
 from unolora.sampling import Sampler
+from unolora.tasks.download import cache_folder
 from unolora.tasks.rows import Rows
+from unolora.tokens import Ragged, tokenize
 
 IGNORED = -100
 """What stands behind an answer that is shorter than the longest of its batch."""
@@ -25,12 +28,12 @@ class Encoded:
     """One split of one task as token lists.
 
     Args:
-        inputs: What the tokenizer gives (`input_ids`, maybe `token_type_ids`), each a list of N lists, unpadded.
+        inputs: What the tokenizer gives (`input_ids`, maybe `token_type_ids`), each N lists, unpadded.
         targets: Label ids or numbers [N].
         answers: Text-to-text training: tokens of the right answers, N lists.
     """
 
-    inputs: dict[str, list[list[int]]]
+    inputs: Mapping[str, Ragged]
     targets: np.ndarray[Any, Any]
     answers: list[list[int]] | None = None
 
@@ -39,7 +42,7 @@ class Encoded:
 
     def lengths(self) -> Sequence[int]:
         """Tokens of each row."""
-        return [len(tokens) for tokens in self.inputs["input_ids"]]
+        return self.inputs["input_ids"].lengths()
 
     def at(self, row: int) -> tuple[Encoded, int]:
         """Return where the tokens of a row lie: in which split, at which place."""
@@ -55,7 +58,7 @@ class Streamed(Encoded):
         encode: Tokenizes rows.
     """
 
-    inputs: dict[str, list[list[int]]] = field(default_factory=dict, init=False)
+    inputs: Mapping[str, Ragged] = field(default_factory=dict, init=False)
     targets: np.ndarray[Any, Any] = field(default_factory=lambda: np.empty(0), init=False)
     answers: None = field(default=None, init=False)
     rows: Rows = field(kw_only=True)
@@ -83,8 +86,12 @@ def encode(rows: Rows, tokenizer: Any, max_length: int) -> Encoded:
     check_unicode(rows)
     first = [texts[0] for texts in rows.texts]
     second = [texts[1] for texts in rows.texts] if rows.texts and len(rows.texts[0]) == 2 else None
-    out = tokenizer(first, second, truncation=True, max_length=max_length, return_attention_mask=False)
-    return Encoded({name: out[name] for name in out}, rows.targets)
+    return Encoded(tokenize(tokenizer, first, second, max_length, tokens_folder()), rows.targets)
+
+
+def tokens_folder() -> Path:
+    """Return where tokens are kept from run to run."""
+    return cache_folder() / "tokens"
 
 
 def check_unicode(rows: Rows) -> None:

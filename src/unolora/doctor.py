@@ -54,6 +54,11 @@ def _device() -> str:
     return "CPU"
 
 
+def has_bf16() -> bool:
+    """Return whether the device has instructions for bf16, so that it is faster than fp32."""
+    return _bf16().startswith("native")
+
+
 def _bf16() -> str:
     """Say whether bf16 is fast here: natively on a GPU, or by AVX512-BF16 or AMX on a processor."""
     import torch

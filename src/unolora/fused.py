@@ -1,6 +1,6 @@
-"""The two low-rank products of `layer.py`, with gradients in closed form.
+"""The two low-rank products of `layer.py`, and dropout, with gradients in closed form.
 
-    down(x, A, p) = A dropout(x)         up(y, h, B) = y + B h
+    down(x, A, p) = A dropout(x)         up(y, h, B) = y + B h         Dropout(p)(x) = dropout(x)
 
 They give what the formulas give. What they change is the cost of a training step on a processor:
 
@@ -9,7 +9,7 @@ They give what the formulas give. What they change is the cost of a training ste
   to a multiple of 2^-16, and only the generator's seed is kept: the mask is drawn again, chunk by chunk in the cache.
 - Products with a side as short as the rank are fast in one order of their factors and slow in the other.
 
-On other devices, in half precision without autocast and under `torch.compile` the plain formulas run.
+On other devices and under `torch.compile` the plain formulas run.
 
 Axes: N rows (samples x tokens), D width, R rank.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CHUNK = 2**16
@@ -57,6 +57,25 @@ def up(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
     h, B = _cast(h, B)
     with torch.autocast(y.device.type, enabled=False):
         return y + _Up.apply(h, B)
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout` with the masks of this module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop elements of x in training."""
+        dropped = round(self.p * LEVELS)
+        if not self.training or self.inplace or not 0 < dropped < LEVELS or not _here(x):
+            return super().forward(x)
+        return _Dropout.apply(x, dropped, torch.randint(2**63 - 1, ()).item())
+
+
+def replace_dropout(model: nn.Module) -> None:
+    """Let a model that is trained here draw its masks by this module's `Dropout`."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Dropout:
+                setattr(parent, name, Dropout(child.p, child.inplace).train(child.training))
 
 
 def _here(x: Tensor) -> bool:
@@ -142,6 +161,28 @@ class _Up(torch.autograd.Function):
         dh = F.linear(rows, B.t().contiguous())  #                            [N, R]
         dB = (h.reshape(-1, h.shape[-1]).t() @ rows).t()  #                   [D, R]
         return dh.view(h.shape), dB
+
+
+class _Dropout(torch.autograd.Function):
+    """dropout(x), keeping the seed of the mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropped: int, seed: int) -> Tensor:
+        ctx.mask = dropped, seed
+        return _masked(x, dropped, seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _masked(grad, *ctx.mask), None, None
+
+
+def _masked(x: Tensor, dropped: int, seed: int) -> Tensor:
+    column = x.reshape(-1, 1)
+    out = torch.empty_like(column)
+    for at, mask in chunks(len(column), 1, dropped, seed):
+        out[at].copy_(mask).mul_(column[at]).mul_(LEVELS / (LEVELS - dropped))
+    return out.view(x.shape)
 
 
 def _buffer(rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,9 @@ from unolora.atomic import new_folder, write_text
 from unolora.checkpoint import Checkpoint
 from unolora.config import WEIGHTS_NAME, check_weights_file
 from unolora.data import Encoded, Streamed, encode
+from unolora.doctor import has_bf16
 from unolora.errors import CheckpointError, InputError, unknown
+from unolora.fused import replace_dropout
 from unolora.heads import Moments, MultiTaskModel, TaskHeads
 from unolora.methods import METHODS, label
 from unolora.methods.method import Method, positions
@@ -194,6 +196,7 @@ def _load_backbone(source: _Source, answers: str, quantization: str) -> tuple[An
         kind = AutoModel if answers == "heads" else AutoModelForSeq2SeqLM if source.encodes else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(**source.arguments)
         backbone = kind.from_pretrained(**source.arguments, config=source.config, dtype=torch.float32, **more)
+    replace_dropout(backbone)
     if answers == "text":
         return backbone.requires_grad_(False), tokenizer
     if not isinstance(getattr(backbone.config, "hidden_size", None), int):
@@ -520,6 +523,14 @@ def check_data(folder: Path, now: Mapping[str, Mapping[str, str]], *splits: str)
                 f"{folder}: the {split} rows of task {task!r} are not those that the run began with; a split that is "
                 "cut from a file changes with the file, so bring the file back, or train anew"
             )
+
+
+def settled(settings: Settings) -> Settings:
+    """Decide what depends on the machine, so that the run goes on alike on another one: `precision: auto`."""
+    if settings.training.precision != "auto":
+        return settings
+    precision = "bf16" if has_bf16() else "fp32"
+    return replace(settings, training=replace(settings.training, precision=precision))
 
 
 def how_to_go_on(folder: Path) -> str:

@@ -14,7 +14,7 @@ from unolora.errors import InputError, unknown
 from unolora.sampling import STRATEGIES
 
 SCHEDULES = ("constant", "linear", "cosine")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "auto")
 FORMS = ("auto", "heads", "text")
 SCORINGS = ("labels", "generation")
 QUANTISATIONS = ("none", "int8", "int4", "bnb-8bit", "bnb-4bit")
@@ -149,7 +149,7 @@ class Training:
     seed: int = 0
     """of the weights, the batches and dropout"""
     precision: str = "fp32"
-    """fp32, or bf16 autocast"""
+    """fp32, bf16 (autocast), or auto: bf16 where the device has instructions for it"""
     max_skipped: int = 5
     """a step whose loss or gradient is not finite is skipped; training stops after so many in a row"""
     deterministic: bool = False

@@ -25,13 +25,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from unolora.data import IGNORED, Encoded, check_unicode
+from unolora.data import IGNORED, Encoded, check_unicode, tokens_folder
 from unolora.errors import InputError
 from unolora.heads import Moments
 from unolora.methods.method import Method
 from unolora.metrics import UNPARSED
 from unolora.tasks import Task
 from unolora.tasks.rows import Rows
+from unolora.tokens import Ragged, tokenize
 
 CUE = "\nanswer:"
 """Ends the prompt of a decoder-only model, whose answer goes right behind it."""
@@ -210,11 +211,11 @@ def encode_text(rows: Rows, row: int, answers: Answers, max_length: int, *, trai
     tokenizer = answers.tokenizer
     cue: list[int] = tokenizer(CUE, add_special_tokens=False)["input_ids"] if answers.continues else []
     texts = [text for (text,) in rows.texts]
-    out = tokenizer(texts, truncation=True, max_length=max_length - len(cue), return_attention_mask=False)["input_ids"]
+    out: Sequence[list[int]] = tokenize(tokenizer, texts, None, max_length - len(cue), tokens_folder())["input_ids"]
     if answers.continues:  # an end token there would part the prompt from its answer
         end = tokenizer.eos_token_id
         out = [[*(ids[:-1] if ids and ids[-1] == end else ids), *cue] for ids in out]
-    return Encoded({"input_ids": out}, rows.targets, answers.targets(row, rows.targets) if train else None)
+    return Encoded({"input_ids": Ragged.of(out)}, rows.targets, answers.targets(row, rows.targets) if train else None)
 
 
 class TextModel(nn.Module):

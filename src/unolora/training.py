@@ -84,6 +84,7 @@ def train(settings: Settings, *, root: Path | None = None, resume: bool = False,
 
 
 def _train(settings: Settings, folder: Path, root: Path | None, resume: bool, progress: Any) -> None:
+    settings = runs.settled(settings)
     processes.first(lambda: _check_folder(folder, settings, resume))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise InputError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unolora.atomic import explained, write_json, write_text
-from unolora.bench import steps
+from unolora.bench import data, steps
 from unolora.bench.timing import ROUNDS, Line
 from unolora.errors import InputError, unknown
 
@@ -22,6 +22,12 @@ MEASUREMENTS: dict[str, Measurement] = {
     "memory": steps.memory,
     "inference": steps.inference,
     "many-tasks": steps.many_tasks,
+    "lengths": data.lengths,
+    "recipe": data.recipe,
+    "bf16": data.bf16,
+    "preprocessing": data.preprocessing,
+    "file": data.file,
+    "imports": data.imports,
 }
 """Name -> function of the number of rounds; its docstring says what it does."""
 
