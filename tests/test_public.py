@@ -30,7 +30,7 @@ ALLOWED = {
     "recovery": {"atomic", "runs", "settings", "tasks"},
     "sampling": set(),
     "metrics": {"tasks"},
-    "tasks": set(),
+    "tasks": {"atomic"},
     "methods": {"config", "model", "settings"},
     "settings": {"config", "methods", "sampling"},
     "heads": {"hypernetwork", "methods", "tasks"},

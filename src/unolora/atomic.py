@@ -44,7 +44,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -72,7 +72,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             for file in [*temporary.rglob("*"), temporary]:
                 if file.is_file():
                     file.chmod(readable)
-                _sync(file)
+                sync(file)
             if path.exists():
                 os.replace(path, old)
             os.replace(temporary, path)
@@ -83,7 +83,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def sweep(folder: Path) -> None:
@@ -113,7 +113,7 @@ def explained(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         found = re.search(r"os error (\d+)", str(error))  # how safetensors spells one
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
-        if number in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(number):
             raise InputError(f"no space left to write {path}; free some, nothing half-written was kept") from error
         reason = os.strerror(number) if number else " ".join(str(error).split())
         raise InputError(f"{path} can't be written ({reason}); choose another folder") from error
@@ -123,7 +123,13 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
-def _sync(path: Path) -> None:
+def is_full(number: int | None) -> bool:
+    """Whether an `errno` says that a disk, or a quota, is full."""
+    return number in (errno.ENOSPC, errno.EDQUOT)
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder on the disk: a power cut must not leave a name without its content."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

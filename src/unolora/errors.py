@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
+
+LISTED = 100
+"""How many known names an error lists: a table may have a million columns."""
 
 
 class InputError(ValueError):
@@ -16,7 +20,7 @@ class InputError(ValueError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest known name, or "" when none is near."""
-    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name)[:100], [str(k)[:100] for k in islice(known, 1000)], n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -29,7 +33,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
         known: The names that would have been accepted.
     """
     known = [str(k) for k in known]
-    return InputError(f"unknown {kind} {name!r}{did_you_mean(name, known)} (known: {', '.join(known) or 'none'})")
+    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    listed = ", ".join(known[:LISTED]) or "none"
+    return InputError(f"unknown {kind} {name!r}{did_you_mean(name, known)} (known: {listed}{more})")
 
 
 class CheckpointError(InputError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -47,6 +48,9 @@ from unolora.tasks.rows import Rows, StreamedRows, TaskData
 from unolora.text import Answers, TextModel, encode_text
 
 NO_GENERATION = "`scoring: generation` needs answers that are text; heads write nothing, so leave it out"
+
+MOST_VALUES = 100_000
+"""How many values a file of settings may hold, aliases written out."""
 
 DATA = "data.json"
 """Digests of the rows that a run is trained and scored on."""
@@ -122,7 +126,8 @@ def _look_up(name: str) -> _Source:
         path = str(minilm_folder()) if name == "minilm" else os.path.expanduser(name)
     if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") > 1):
         raise InputError(f"backbone {name!r}: no such folder; give a folder with config.json, a hub id, or 'minilm'")
-    arguments = {"pretrained_model_name_or_path": path, **gguf}
+    # Left out, the loaders ask on the terminal whether to run what comes with a model.
+    arguments = {"pretrained_model_name_or_path": path, "trust_remote_code": False, **gguf}
     with _loading(name):
         config = AutoConfig.from_pretrained(**arguments)
         if gguf and not Path(path, "config.json").exists():  # where PEFT looks for it when it saves an adapter
@@ -447,11 +452,24 @@ def read_yaml(path: Path, what: str = "give a YAML file") -> dict[str, Any]:
         raise InputError(f"{path}: can't be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"{path}: not YAML: {one_line(error)}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a mapping of settings, got {type(data).__name__}")
+    if _spelled_out(data, {}) > MOST_VALUES:
+        raise InputError(f"{path}: its aliases stand for more than {MOST_VALUES} values; write out what is meant")
     return data
+
+
+def _spelled_out(data: Any, known: dict[int, float]) -> float:
+    """Count the values that YAML stands for with its aliases written out; one that contains itself is endless."""
+    if not isinstance(data, dict | list):
+        return 1
+    if id(data) not in known:
+        known[id(data)] = math.inf
+        items = data.values() if isinstance(data, dict) else data
+        known[id(data)] = 1 + sum(_spelled_out(item, known) for item in items)
+    return known[id(data)]
 
 
 def read_tasks(path: Path) -> list[Task]:
@@ -463,7 +481,7 @@ def read_tasks(path: Path) -> list[Task]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         tasks = [Task.from_dict({k: v for k, v in row.items() if k not in ("row", "since")}) for row in rows]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{path}: expected the list of tasks that a run writes: {reason}") from error
     if not tasks:

