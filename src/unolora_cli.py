@@ -18,6 +18,7 @@ COMMANDS = {
     "tasks": "list the built-in tasks, or a run's",
     "report": "write a run's report.html again",
     "compare": "put finished runs side by side, averaged over their seeds",
+    "bench": "measure on this machine; `bench serve` measures serving",
     "doctor": "say what is installed, what the machine can do, and what is missing",
 }
 """Command -> what it does; `unolora.cli` has a function of each name."""

@@ -36,6 +36,7 @@ ALLOWED = {
     "serving": {
         "atomic", "data", "layer", "methods", "model", "runs", "scoring", "tasks", "text"
     },
+    "bench": {"data", "heads", "methods", "runs", "scoring", "serving", "settings", "tasks"},
     "report": {"atomic"},
     "compare": {"runs", "settings"},
     "progress": {"training"},
@@ -44,8 +45,8 @@ ALLOWED = {
         "atomic", "data", "heads", "methods", "metrics", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
     "cli": {
-        "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "serving", "settings", "tasks",
-        "training"
+        "bench", "compare", "doctor", "metrics", "progress", "report", "runs", "scoring", "serving", "settings",
+        "tasks", "training"
     },
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}

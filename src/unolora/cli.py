@@ -201,6 +201,16 @@ def serve(arguments: Sequence[str]) -> int:
     return 0
 
 
+def bench(arguments: Sequence[str]) -> int:
+    """Measure; `serve` is the one measurement so far."""
+    if not arguments or arguments[0] != "serve":
+        raise InputError("give the name of a measurement: serve")
+    _quiet_libraries()
+    from unolora.bench.serve import main
+
+    return main(arguments[1:])
+
+
 def doctor(arguments: Sequence[str]) -> int:
     """Describe the installation and the machine."""
     parser = _Parser("doctor")

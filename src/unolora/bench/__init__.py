@@ -1,0 +1,1 @@
+"""The measurements of benchmarks.md, each a function that returns ratios."""
