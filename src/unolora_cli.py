@@ -23,7 +23,7 @@ COMMANDS = {
     "report": "write a run's report.html again, or a page that compares several runs",
     "compare": "put finished runs side by side, averaged over their seeds",
     "analyze": "say whether runs learned the same: subspaces of A and of B, ranks, scales",
-    "bench": "measure this machine's speed and memory ratios; writes benchmarks.md",
+    "bench": "measure this machine's speed and memory ratios; writes benchmarks.md; `bench serve` measures serving",
     "doctor": "say what is installed, what the machine can do, and what is missing",
 }
 """Command -> what it does; `unolora.cli` has a function of each name, with _ for -."""

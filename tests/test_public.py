@@ -54,7 +54,7 @@ ALLOWED = {
     "doctor": {"tasks"},
     "bench": {
         "atomic", "config", "data", "doctor", "fused", "heads", "methods", "model", "report", "runs", "sampling",
-        "settings", "tasks", "text", "tokens", "training",
+        "scoring", "serving", "settings", "tasks", "text", "tokens", "training",
     },
     "training": {
         "analysis", "atomic", "data", "gradients", "heads", "lock", "methods", "metrics", "processes", "recovery",
@@ -69,8 +69,7 @@ ALLOWED = {
     },
     "grow": {
         "atomic", "data", "heads", "hypernetwork", "metrics", "quantise", "recovery", "report", "runs", "scoring",
-        "settings",
-        "tasks", "text", "training",
+        "settings", "tasks", "text", "training",
     },
     "cli": {
         "analysis", "bench", "compare", "doctor", "export", "grow", "metrics", "processes", "progress",

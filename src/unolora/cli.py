@@ -401,7 +401,12 @@ def doctor(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Measure, print the ratios, and write benchmarks.md."""
+    """Measure, print the ratios, and write benchmarks.md; `bench serve` has flags of its own."""
+    if arguments[:1] == ["serve"]:
+        _quiet_libraries()
+        from unolora.bench.serve import main
+
+        return main(arguments[1:])
     from unolora.bench.run import MEASUREMENTS, number, run, wanted
     from unolora.bench.timing import ROUNDS
 

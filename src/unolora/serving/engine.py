@@ -141,7 +141,7 @@ class Engine:
         self._observe = observe
         self.predictor = Predictor(run)
         self.predictor.warm_up()
-        self._overhead = self.predictor.overhead()
+        self.overhead = self.predictor.overhead()
         self._waiting: list[_Item] = []
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)  # a row came, or the engine closes
@@ -449,7 +449,7 @@ class Engine:
         oldest = self._waiting[0]
         like = [item for item in self._waiting if item.kind == oldest.kind and item.predictor is oldest.predictor]
         sizes = [item.size for item in like]
-        places = choose(sizes, max_rows=self.max_rows, max_tokens=self.max_tokens, overhead=self._overhead)
+        places = choose(sizes, max_rows=self.max_rows, max_tokens=self.max_tokens, overhead=self.overhead)
         taken = [like[place] for place in places]
         chosen = set(map(id, taken))
         self._waiting = [item for item in self._waiting if id(item) not in chosen]
