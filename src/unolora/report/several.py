@@ -49,7 +49,7 @@ def write_comparison(folders: Sequence[Path], path: Path, against: str | None = 
     """
     runs, notes = _finished(folders)
     usual = next((row["label"] for row in compare.rows(runs) if row["label"] == REFERENCE), None)
-    found = compare.rows(runs, against=against or usual)
+    found = sorted(compare.rows(runs, against=against or usual), key=lambda row: -row["average"].mean)
     notes += [f"The runs differ in {name}, so their scores don't compare." for name in compare.differences(runs)]
     rows = [_Row(number, row, _read(row["folders"], number, notes)) for number, row in enumerate(found, start=RUN)]
     tasks = list(dict.fromkeys(name for row in found for name in row["first"]["tasks"]))
