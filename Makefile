@@ -9,7 +9,7 @@ DATA ?= ../shared/data/glue
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup quickstart test test-fast lint format bench reproduce-small clean
+.PHONY: setup quickstart test test-fast lint format bench reproduce-small pictures clean
 
 setup: $(VENV)/.installed
 
@@ -43,6 +43,13 @@ bench: setup
 
 reproduce-small: setup
 	$(BIN)/python scripts/reproduce.py configs/glue-small.yaml results/glue-small --data-root $(DATA) --jobs 2
+
+# Of runs/quickstart and results/glue-small, into docs/; needs Chromium.
+pictures: setup
+	$(BIN)/unolora report results/glue-small --output runs/glue-small.html
+	$(BIN)/python scripts/picture.py runs/quickstart/report.html docs/report.png
+	$(BIN)/python scripts/picture.py runs/quickstart/report.html docs/learned.png --section learned --height 2600
+	$(BIN)/python scripts/picture.py runs/glue-small.html docs/comparison.png
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist

@@ -23,6 +23,7 @@ def picture(report: Path, image: Path, *, width: int, height: int, theme: str, s
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         page = chromium.new_page(viewport={"width": width, "height": height})
+        page.set_default_timeout(300_000)
         page.goto(f"{report.resolve().as_uri()}#theme={theme}")
         page.wait_for_function(DRAWN)
         clip = {"x": 0, "y": 0, "width": width, "height": height}

@@ -50,6 +50,7 @@ class Opened:
     def __init__(self, browser, path, width=1280, scheme="light", **options):
         self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, **options)
         self.page = self.context.new_page()
+        self.page.set_default_timeout(180_000)  # drawing takes a second, but not on a busy machine
         self.said, self.asked = [], []
         self.page.on("console", lambda message: self.said.append(message.text))
         self.page.on("pageerror", lambda error: self.said.append(str(error)))

@@ -80,6 +80,7 @@ def test_a_tree_joins_what_scipy_joins():
         (Span(0.5, 0.4, 0.7), "score", "0.500", "0.400 to 0.700"),
         (Span(-0.1, -0.2, 0.0), "gain", charts.MINUS + "0.100", "± 0.100"),
         (Span(0.5, math.nan, 0.6), "score", "0.500", ""),
+        (Span(0.5, None, None), "score", "0.500", ""),
         (2.5e9, "bytes", "2.5 GB", ""),
         (0, "bytes", "0 B", ""),
     ],

@@ -132,7 +132,7 @@ def show(value: Any, how: str) -> str:
 
 def ends(value: Any, how: str) -> str:
     """Write the interval of a Span, as ± where its ends are equally far; "" for what has none."""
-    if not isinstance(value, Span) or not all(map(math.isfinite, value)):
+    if not isinstance(value, Span) or not all(known(end) and math.isfinite(end) for end in value):
         return ""
     if math.isclose(value.high - value.value, value.value - value.low, rel_tol=1e-6, abs_tol=1e-12):
         return f"\u00b1 {show(value.high - value.value, how).lstrip('+')}"

@@ -86,8 +86,10 @@ def _subspaces(found: Analysis) -> list[Any]:
 
 
 def _random(row: Mapping[str, Any]) -> Span | None:
-    known = row.get("random")
-    return None if known is None else Span(known, row["random low"], row["random high"])
+    value, low, high = (row.get(name) for name in ("random", "random low", "random high"))
+    if value is None or low is None or high is None or np.isnan(low):  # as where a B is zero
+        return None
+    return Span(value, low, high)
 
 
 def _summary(found: Analysis) -> More:

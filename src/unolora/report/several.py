@@ -18,6 +18,7 @@ from unolora.report.page import Code, More, Page, Section, listed, render
 from unolora.report.read import AVERAGE, Run, read, text
 
 REFERENCE = "UnoLoRA"
+USUAL_NAME = "comparison"
 MOST_STEPS = 60
 """Of a curve with a band."""
 
@@ -48,7 +49,7 @@ def write_comparison(folders: Sequence[Path], path: Path, against: str | None = 
     """
     runs, notes = _finished(folders)
     usual = next((row["label"] for row in compare.rows(runs) if row["label"] == REFERENCE), None)
-    found = compare.rows(runs, against=against or usual)
+    found = sorted(compare.rows(runs, against=against or usual), key=lambda row: -row["average"].mean)
     notes += [f"The runs differ in {name}, so their scores don't compare." for name in compare.differences(runs)]
     rows = [_Row(number, row, _read(row["folders"], number, notes)) for number, row in enumerate(found, start=RUN)]
     tasks = list(dict.fromkeys(name for row in found for name in row["first"]["tasks"]))
@@ -57,7 +58,7 @@ def write_comparison(folders: Sequence[Path], path: Path, against: str | None = 
         notes.append("There is one seed only, so that there are no intervals and no bands.")
     page = Page(
         kicker="unolora comparison",
-        title=path.resolve().parent.name,
+        title=path.resolve().parent.name if path.stem == USUAL_NAME else path.stem,
         subtitle=f"{len(rows)} methods",
         meta=listed([", ".join(sorted({run["backbone"] for run in runs})), f"{len(runs)} runs", _seeds(seeds)]),
         lead=_lead(rows, tasks, seeds),
