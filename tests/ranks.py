@@ -84,7 +84,7 @@ def fsdp_on_a_processor():
 
 
 def main():
-    faulthandler.dump_traceback_later(int(os.environ.get("PATIENCE", "200")), exit=True)  # says where a rank waits
+    faulthandler.dump_traceback_later(int(os.environ.get("PATIENCE", "380")), exit=True)  # says where a rank waits
     if os.environ.get("ACCELERATE_USE_FSDP"):
         fsdp_on_a_processor()
     for number, job in enumerate(json.loads(Path(sys.argv[1]).read_text())):

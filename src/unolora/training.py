@@ -395,6 +395,7 @@ class MultiTaskTrainer(Trainer):
             remove_unused_columns=False,
             disable_tqdm=True,
             report_to=t.report_to or "none",
+            logging_nan_inf_filter=False,  # it waits for the device at each micro-batch; such steps are skipped here
             ddp_find_unused_parameters=not model.method.mixes,  # a rank's rows may lack a task, and so its parameters
         )
         model._no_split_modules = processes.layers(model)  # type: ignore[assignment]  # where Accelerate looks for it
@@ -539,17 +540,19 @@ class MultiTaskTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, and write a line of metrics.jsonl for the training loss."""
-        super().log(logs, *args, **kwargs)
         if "loss" not in logs:
+            super().log(logs, *args, **kwargs)
             return
         loss, seen = np.array(processes.summed(self._since_log).tolist())
         self._since_log.zero_()
         if not seen.any():  # all steps since the last line were skipped
             return
+        logs["loss"] = float(loss.sum() / seen.sum())  # the Trainer's own counts skipped steps
+        super().log(logs, *args, **kwargs)
         self._write_line(
             kind="train",
             step=self.state.global_step,
-            loss=float(loss.sum() / seen.sum()),
+            loss=logs["loss"],
             learning_rate=logs["learning_rate"],
             seconds=round(self.seconds(), 3),
             examples=self.state.global_step * self.settings.training.batch_size,
