@@ -19,6 +19,7 @@ COMMANDS = {
     "remove-task": "copy a run without one of its tasks",
     "rename-task": "copy a run with another name for one of its tasks",
     "export": "write tasks of a run as plain PEFT LoRAs, or merged into the backbone",
+    "push": "upload a run to the Hugging Face Hub, with a model card",
     "report": "write a run's report.html again",
     "compare": "put finished runs side by side, averaged over their seeds",
     "doctor": "say what is installed, what the machine can do, and what is missing",

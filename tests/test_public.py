@@ -33,15 +33,19 @@ ALLOWED = {
     "data": {"sampling", "tasks"},
     "text": {"data", "heads", "methods", "metrics", "tasks"},
     "runs": {"atomic", "checkpoint", "config", "data", "heads", "methods", "quantise", "settings", "tasks", "text"},
+    "card": {"settings", "tasks"},
+    "hub": {"card", "runs", "tasks"},
     "scoring": {"data", "metrics", "runs", "tasks", "text"},
     "report": {"atomic"},
     "compare": {"runs", "settings"},
     "progress": {"training"},
     "doctor": {"tasks"},
     "training": {
-        "atomic", "data", "heads", "methods", "metrics", "quantise", "report", "runs", "sampling", "scoring",
+        "atomic", "card", "data", "heads", "methods", "metrics", "quantise", "report", "runs", "sampling", "scoring",
         "settings", "tasks",
     },
+    "auto": {"data", "hypernetwork", "runs", "scoring", "tasks", "text"},
+    "importing": {"config"},
     "static_scale": {"data", "heads", "layer", "methods", "runs", "text"},
     "onnx_graph": {"hypernetwork"},
     "howto": {"runs", "tasks", "text"},
@@ -50,12 +54,12 @@ ALLOWED = {
         "scoring", "static_scale", "tasks", "text",
     },
     "grow": {
-        "atomic", "data", "heads", "hypernetwork", "metrics", "quantise", "report", "runs", "scoring", "settings",
-        "tasks", "text", "training",
+        "atomic", "card", "data", "heads", "hypernetwork", "metrics", "quantise", "report", "runs", "scoring",
+        "settings", "tasks", "text", "training",
     },
     "cli": {
-        "compare", "doctor", "export", "grow", "metrics", "progress", "report", "runs", "scoring", "settings", "tasks",
-        "training",
+        "auto", "compare", "doctor", "export", "grow", "hub", "metrics", "progress", "report", "runs", "scoring",
+        "settings", "tasks", "training",
     },
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}

@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from unolora import metrics, quantise, runs, scoring
 from unolora.atomic import explained, new_folder, write_json, write_text
+from unolora.card import model_card
 from unolora.data import Collator, Encoded, TaskRows, TrainingBatches
 from unolora.errors import CheckpointError, InputError
 from unolora.heads import Moments
@@ -197,6 +198,7 @@ def _train_method(
     scores = {"validation": best["validation"], "test": scoring.scored(tasks, splits["test"], found)}
     runs.save_adapter(model, settings, method, tasks, folder / "adapter")
     results = results_of(trainer, method, data, scores, best["step"], scoring.unparsed(tasks, found))
+    write_text(folder / "adapter" / "README.md", model_card(settings, tasks, results))
     results["parameters"]["file_bytes"] = sum(p.stat().st_size for p in (folder / "adapter").rglob("*") if p.is_file())
     write_json(folder / "results.json", results)
     shutil.rmtree(folder / "checkpoints")
