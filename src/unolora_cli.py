@@ -20,6 +20,7 @@ COMMANDS = {
     "remove-task": "copy a run without one of its tasks",
     "rename-task": "copy a run with another name for one of its tasks",
     "export": "write tasks of a run as plain PEFT LoRAs, or merged into the backbone",
+    "push": "upload a run to the Hugging Face Hub, with a model card",
     "report": "write a run's report.html again, or a page that compares several runs",
     "compare": "put finished runs side by side, averaged over their seeds",
     "analyze": "say whether runs learned the same: subspaces of A and of B, ranks, scales",

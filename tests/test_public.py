@@ -41,6 +41,8 @@ ALLOWED = {
         "atomic", "checkpoint", "config", "data", "doctor", "fused", "heads", "methods", "processes", "quantise",
         "settings", "tasks", "text",
     },
+    "card": {"settings", "tasks"},
+    "hub": {"card", "runs", "tasks"},
     "scoring": {"data", "metrics", "processes", "runs", "tasks", "text"},
     "serving": {"atomic", "data", "layer", "methods", "model", "runs", "scoring", "tasks", "text"},
     "compare": {"runs", "settings"},
@@ -57,9 +59,11 @@ ALLOWED = {
         "scoring", "serving", "settings", "tasks", "text", "tokens", "training",
     },
     "training": {
-        "analysis", "atomic", "data", "gradients", "heads", "lock", "methods", "metrics", "processes", "recovery",
-        "quantise", "report", "runs", "sampling", "scoring", "settings", "tasks"
+        "analysis", "atomic", "card", "data", "gradients", "heads", "lock", "methods", "metrics", "processes",
+        "quantise", "recovery", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
+    "auto": {"data", "hypernetwork", "runs", "scoring", "tasks", "text"},
+    "importing": {"config"},
     "static_scale": {"data", "heads", "layer", "methods", "runs", "text"},
     "onnx_graph": {"hypernetwork"},
     "howto": {"runs", "tasks", "text"},
@@ -68,11 +72,11 @@ ALLOWED = {
         "scoring", "static_scale", "tasks", "text",
     },
     "grow": {
-        "atomic", "data", "heads", "hypernetwork", "metrics", "quantise", "recovery", "report", "runs", "scoring",
+        "atomic", "card", "data", "heads", "hypernetwork", "metrics", "quantise", "recovery", "report", "runs", "scoring",
         "settings", "tasks", "text", "training",
     },
     "cli": {
-        "analysis", "bench", "compare", "doctor", "export", "grow", "metrics", "processes", "progress",
+        "analysis", "auto", "bench", "compare", "doctor", "export", "grow", "hub", "metrics", "processes", "progress",
         "report", "runs", "scoring", "serving", "settings", "tasks", "training",
     },
 }  # fmt: skip

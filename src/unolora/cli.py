@@ -88,7 +88,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 def predict(arguments: Sequence[str]) -> int:
     """Predict texts with one task of a run."""
     parser = _parser("predict")
-    parser.add_argument("--task", required=True, help="name of the task")
+    parser.add_argument("--task", required=True, help="name of the task, or auto: the one that the inputs look like")
     parser.add_argument(
         "--file",
         type=Path,
@@ -106,17 +106,26 @@ def predict(arguments: Sequence[str]) -> int:
     from unolora import runs, scoring
 
     run = runs.load_run(options.run)
-    task = run.tasks[run.row(options.task)]
-    if options.file is not None and options.file.suffix.lower() in (".jsonl", ".csv", ".tsv", ".parquet"):
+    by_itself = options.task == "auto" and "auto" not in [task.name for task in run.tasks]
+    task = run.tasks[0 if by_itself else run.row(options.task)]
+    table = options.file is not None and options.file.suffix.lower() in (".jsonl", ".csv", ".tsv", ".parquet")
+    if table and by_itself:
+        raise InputError("--task auto takes texts, not a table, whose columns a task's template must name")
+    if table:
         from unolora.tasks.files import read_file
         from unolora.tasks.rows import fill
 
         inputs = fill(task, read_file(options.file))
     else:
         lines = options.text or _lines(options.file)
-        inputs = [tuple(line.split("\t")) if len(task.template) == 2 else (line,) for line in lines]
+        pairs = any("\t" in line for line in lines) if by_itself else len(task.template) == 2
+        inputs = [tuple(line.split("\t")) if pairs else (line,) for line in lines]
     if not inputs:
         raise InputError(f"nothing to predict: {options.file or 'standard input'} is empty; give one input a line")
+    if by_itself:
+        from unolora.auto import Picker
+
+        options.task = Picker(run).pick(inputs)
     for answer in scoring.predict_texts(run, options.task, inputs, batch_size=options.batch_size):
         _write(json.dumps(answer, ensure_ascii=False))
     return 0
@@ -262,6 +271,18 @@ def _cost(done: Exported) -> str:
         f"{how} scale over {done.calibrated_on} rows; validation {metric} {before:.4f} -> {after:.4f}, "
         f"lost {before - after:z.4f}"
     )
+
+
+def push(arguments: Sequence[str]) -> int:
+    """Upload a run to the hub."""
+    parser = _parser("push")
+    parser.add_argument("--to", required=True, metavar="OWNER/NAME", help="repository; made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    options = parser.parse_args(arguments)
+    from unolora.hub import push_to_hub
+
+    _write(push_to_hub(options.run, options.to, private=options.private))
+    return 0
 
 
 def report(arguments: Sequence[str]) -> int:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from unolora import metrics, quantise, recovery, runs, scoring
 from unolora.atomic import new_folder, write_json, write_text
+from unolora.card import model_card
 from unolora.data import Collator, Encoded
 from unolora.errors import InputError, unknown
 from unolora.heads import Moments, MultiTaskModel, TaskHeads
@@ -502,7 +503,7 @@ def _write(
     tasks = [part.task for part in parts]
     names = {change["renamed"]: change["to"]} if "renamed" in change else {}
     since = {names.get(name, name): date for name, date in runs.read_since(run.folder).items()}
-    settings = replace(run.settings, tasks=[_spelled(task) for task in tasks], baselines=[], output=str(output))
+    settings = replace(run.settings, tasks=[spelled(task) for task in tasks], baselines=[], output=str(output))
     runs.save_adapter(
         run.model, settings, "unolora", tasks, folder / "adapter", {t.name: since.get(t.name, now) for t in tasks}
     )
@@ -527,13 +528,14 @@ def _write(
         "parameters": _parameters(run.model, len(tasks), folder / "adapter"),
         "changes": [*results.get("changes", []), {"date": now, "from": run.folder.resolve().name, **change}],
     }
+    write_text(folder / "adapter" / "README.md", model_card(settings, tasks, results))
     write_json(folder / "results.json", results)
     from unolora.report import write_report
 
     write_report(folder)
 
 
-def _spelled(task: Task) -> dict[str, Any]:
+def spelled(task: Task) -> dict[str, Any]:
     """Spell a task as a YAML file does, without what is empty."""
 
     def filled(data: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from unolora.doctor import has_bf16
 from unolora.errors import CheckpointError, InputError, unknown
 from unolora.fused import replace_dropout
 from unolora.heads import Moments, MultiTaskModel, TaskHeads
-from unolora.methods import METHODS, label
+from unolora.methods import METHODS
 from unolora.methods.method import Method, positions
 from unolora.processes import spread
 from unolora.settings import Settings
@@ -354,21 +354,22 @@ def save_adapter(
         came = {task.name: (since or {}).get(task.name, now) for task in tasks}
         rows = [asdict(task) | {"row": row, "since": came[task.name]} for row, task in enumerate(tasks)]
         (temporary / "tasks.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(_card(settings, method, tasks), encoding="utf-8")
 
 
-def load_run(folder: str | os.PathLike[str]) -> Run:
+def load_run(folder: str | os.PathLike[str], backbone: str | None = None) -> Run:
     """Load a run with its best weights.
 
     Args:
         folder: What `unolora train` wrote.
+        backbone: Where its backbone is, if not where the run's settings say.
 
     Raises:
         InputError: It is no finished run, or its files don't fit together; the message names the file.
     """
     path = Path(folder)
     settings = read_settings(path)
-    adapter = path / "adapter"
+    settings.backbone = backbone or settings.backbone
+    adapter = path if (path / "tasks.json").is_file() else path / "adapter"  # as it is on the hub, or as it was trained
     if not adapter.is_dir():
         raise InputError(f"{path}: no adapter/ in it; the run did not finish, {how_to_go_on(path)}")
     tasks = read_tasks(adapter / "tasks.json")
@@ -571,16 +572,3 @@ def load_tensors(path: Path, fix: str = "copy it again from where it was trained
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: can't be read ({error}); {fix}") from error
-
-
-def _card(settings: Settings, method: str, tasks: Sequence[Task]) -> str:
-    rows = "\n".join(
-        f"| {row} | {task.name} | {task.kind} | {', '.join(task.labels) or 'a number'} | {task.metrics[0]} |"
-        for row, task in enumerate(tasks)
-    )
-    return (
-        f"---\nlibrary_name: peft\ntags: [unolora, multi-task]\n---\n\n# {label(method, settings.adapter)} on "
-        f"{settings.backbone}\n\nOne adapter for {len(tasks)} tasks, trained for {settings.training.steps} steps of "
-        f"{settings.training.batch_size} rows. `tasks.json` says what each row is; `heads.safetensors` holds the "
-        f"heads.\n\n| row | task | kind | answers | score |\n|---|---|---|---|---|\n{rows}\n"
-    )

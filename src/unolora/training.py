@@ -30,6 +30,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from unolora import gradients, lock, metrics, processes, quantise, recovery, runs, scoring
 from unolora.atomic import explained, is_temporary, new_folder, sweep, write_json, write_text
+from unolora.card import model_card
 from unolora.data import Collator, Encoded, TaskRows, TrainingBatches, check_parts
 from unolora.errors import InputError
 from unolora.heads import Moments
@@ -341,6 +342,7 @@ def _finish(
         runs.load_state(model, runs.load_tensors(best / "weights.safetensors"), best)
     adapter = checkpoints.run / "adapter"
     runs.save_adapter(model, settings, method, [d.task for d in data], adapter)
+    write_text(adapter / "README.md", model_card(settings, [d.task for d in data], results))
     results["parameters"]["file_bytes"] = sum(p.stat().st_size for p in adapter.rglob("*") if p.is_file())
     write_json(checkpoints.run / "predictions.json", predicted)
     write_json(checkpoints.run / "results.json", results)
