@@ -235,7 +235,7 @@ def watched(trainers: dict, key=None):
 
 
 def parts(run: Path) -> dict[str, object]:
-    """All of a finished run that must not depend on when it was stopped: no times, memory, versions or its own place."""
+    """All of a finished run that does not depend on when it was stopped: no times, memory, versions, no place."""
     found: dict[str, object] = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
