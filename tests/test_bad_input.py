@@ -508,7 +508,8 @@ def test_what_is_no_run(refused, tmp_path, command, what):
         (tmp_path / what).write_text("")
     elif what == "data":
         shutil.copytree(tiny.data(), tmp_path / what)
-    refused([command, what, *(["--task", "mood", "x"] if command == "predict" else [])], f"{what}/")
+    named = f"{what}:" if command == "report" else f"{what}/"
+    refused([command, what, *(["--task", "mood", "x"] if command == "predict" else [])], named)
 
 
 @pytest.mark.parametrize("what", ["nothing", "empty"])

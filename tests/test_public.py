@@ -72,8 +72,8 @@ ALLOWED = {
         "scoring", "static_scale", "tasks", "text",
     },
     "grow": {
-        "atomic", "card", "data", "heads", "hypernetwork", "metrics", "quantise", "recovery", "report", "runs", "scoring",
-        "settings", "tasks", "text", "training",
+        "atomic", "card", "data", "heads", "hypernetwork", "metrics", "quantise", "recovery", "report", "runs",
+        "scoring", "settings", "tasks", "text", "training",
     },
     "cli": {
         "analysis", "auto", "bench", "compare", "doctor", "export", "grow", "hub", "metrics", "processes", "progress",

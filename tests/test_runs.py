@@ -194,6 +194,8 @@ def test_the_files_of_a_run(method):
     files = {"config.yaml", "environment.json", "metrics.jsonl", "predictions.json", "results.json", "report.html"}
     learned = {f"analysis/{name}.{kind}" for name in ("table", "summary") for kind in ("csv", "parquet")}
     learned |= {"analysis/about.json", "analysis/arrays.safetensors"}
+    if method == analysis.collect.PER_TASK:  # whose tasks compare with each other
+        learned |= {"analysis/comparisons.csv", "analysis/comparisons.parquet"}
     assert found == files | adapter | (learned if method in analysis.WITH_PAIRS else set())
     modes = {stat.S_IMODE(path.stat().st_mode) for path in run.rglob("*") if path.is_file()}
     assert modes == {stat.S_IMODE((run / "metrics.jsonl").stat().st_mode)}, "as other programs' files, not private"

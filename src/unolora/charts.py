@@ -254,7 +254,7 @@ def _bar(series: Series, how: str) -> Plot:
         "y": [_name(str(key)) for key in series.points],
         "x": [_finite(value) for value in values],
         "text": ["" if not known(middle(value)) else show(value, how) for value in values],
-        "textposition": "inside" if spans else "outside",
+        "textposition": "none" if spans else "outside",
         "cliponaxis": False,
         "hovertemplate": "%{y}: %{text}<extra>%{fullData.name}</extra>",
         **({"error_x": _whiskers(values)} if spans else {}),
