@@ -203,18 +203,25 @@ def _ask(port: int, bodies: Sequence[str], clients: int, requests: int) -> dict[
 def _ways(engine: Engine, inputs: list[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[Callable[[int], Any], int]]:
     """Return the ways to answer the rows without HTTP: for each a function of how many, and how many."""
     predictor = engine.predictor
-    rows = predictor.rows(inputs)
     ways: dict[str, tuple[Callable[[int], Any], int]] = {
         "engine": (lambda count: engine.predict(inputs[:count]), len(inputs))
     }
     if predictor.writes:
         return ways
     peft = _PeftLoras(predictor.run)
-    batches = list(_batches(predictor, rows, engine))
-    ways["peft_set_adapter"] = (lambda count: [peft.one(row) for row in rows[:count]], len(rows) // FEWER)
-    ways["peft_adapter_names"] = (lambda _: [peft.mixed(batch) for batch in batches], len(rows))
+
+    def one_by_one(count: int) -> None:  # each tokenized when it comes, as by the engine
+        for each in inputs[:count]:
+            peft.one(*predictor.rows([each]))
+
+    def mixed(count: int) -> None:
+        for batch in _batches(predictor, predictor.rows(inputs[:count]), engine):
+            peft.mixed(batch)
+
+    ways["peft_set_adapter"] = one_by_one, len(inputs) // FEWER
+    ways["peft_adapter_names"] = mixed, len(inputs)
     for way, _ in ways.values():
-        way(min(8, len(rows)))
+        way(min(8, len(inputs)))
     return ways
 
 
