@@ -59,6 +59,8 @@ def test_a_measurement(capsys):
     assert found["tasks"] == 3
     assert found["rows_per_second"].keys() == {"engine", "http", "peft_set_adapter", "peft_adapter_names"}
     assert all(len(rates) == 2 and min(rates) > 0 for rates in found["rows_per_second"].values())
+    assert found["cpu_ms_per_row"].keys() == found["rows_per_second"].keys()
+    assert min(found["cpu_ms_per_row"].values()) > 0
     assert found["to_engine"].keys() == {"http", "peft_set_adapter", "peft_adapter_names"}
     assert 0 < found["latency"]["p50"] <= found["latency"]["p99"] <= found["latency"]["most"]
     assert found["memory"]["requests"] == 300

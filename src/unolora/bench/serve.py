@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -65,7 +66,8 @@ def measure(
         seed: Of the rows' order.
 
     Returns:
-        Rates in rows a second, one for each round; medians of their ratios; latencies in seconds; memory in bytes.
+        Rates in rows a second, one for each round; medians of their ratios; processor time for a row, which also says
+        something on a machine that does other work; latencies in seconds; memory in bytes.
 
     Raises:
         InputError: The run can't be used.
@@ -77,6 +79,7 @@ def measure(
         bodies = [json.dumps({"inputs": [{"task": task, "text": list(texts)}]}) for task, texts in inputs]
         found: dict[str, Any] = {"tasks": len(loaded.tasks), "clients": clients, "rows": rows, "rounds": rounds}
         rates: dict[str, list[float]] = {}
+        work: dict[str, list[float]] = {}
         with Engine(loaded) as engine, _server(folder) as (port, process):
             found["overhead_tokens"] = round(engine.overhead, 1)
             ways = _ways(engine, inputs)
@@ -85,17 +88,21 @@ def measure(
             before, http = _memory(process), []
             for _ in range(rounds):
                 for name, (way, count) in ways.items():
-                    begin = time.perf_counter()
+                    begin, worked = time.perf_counter(), time.process_time()
                     way(count)
                     rates.setdefault(name, []).append(count / (time.perf_counter() - begin))
+                    work.setdefault(name, []).append((time.process_time() - worked) / count)
+                worked = _work(process)
                 http.append(_ask(port, bodies, clients, rows))
                 rates.setdefault("http", []).append(rows / http[-1]["seconds"])
+                work.setdefault("http", []).append((_work(process) - worked) / rows)
                 answered += rows
             if requests > answered:
                 _ask(port, bodies, clients, requests - answered)
             after = _memory(process)
     found["rows_per_second"] = {name: [round(rate, 1) for rate in values] for name, values in rates.items()}
     found["to_engine"] = {name: _ratio(values, rates["engine"]) for name, values in rates.items() if name != "engine"}
+    found["cpu_ms_per_row"] = {name: round(1000 * statistics.median(values), 3) for name, values in work.items()}
     found["latency"] = _latency([each["latencies"] for each in http])
     found["memory"] = {"after_a_tenth": before, "at_the_end": after, "requests": max(requests, answered)}
     return found
@@ -163,6 +170,15 @@ def _server(folder: Path) -> Iterator[tuple[int, int]]:
             process.terminate()
 
 
+def _work(process: int) -> float:
+    """Return the processor time that a process has used in seconds, or 0 where the system does not show it."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _memory(process: int) -> int | None:
     """Return the resident memory of a process, where the system shows it as Linux does."""
     try:
@@ -187,18 +203,25 @@ def _ask(port: int, bodies: Sequence[str], clients: int, requests: int) -> dict[
 def _ways(engine: Engine, inputs: list[tuple[str, tuple[str, ...]]]) -> dict[str, tuple[Callable[[int], Any], int]]:
     """Return the ways to answer the rows without HTTP: for each a function of how many, and how many."""
     predictor = engine.predictor
-    rows = predictor.rows(inputs)
     ways: dict[str, tuple[Callable[[int], Any], int]] = {
         "engine": (lambda count: engine.predict(inputs[:count]), len(inputs))
     }
     if predictor.writes:
         return ways
     peft = _PeftLoras(predictor.run)
-    batches = list(_batches(predictor, rows, engine))
-    ways["peft_set_adapter"] = (lambda count: [peft.one(row) for row in rows[:count]], len(rows) // FEWER)
-    ways["peft_adapter_names"] = (lambda _: [peft.mixed(batch) for batch in batches], len(rows))
+
+    def one_by_one(count: int) -> None:  # each tokenized when it comes, as by the engine
+        for each in inputs[:count]:
+            peft.one(*predictor.rows([each]))
+
+    def mixed(count: int) -> None:
+        for batch in _batches(predictor, predictor.rows(inputs[:count]), engine):
+            peft.mixed(batch)
+
+    ways["peft_set_adapter"] = one_by_one, len(inputs) // FEWER
+    ways["peft_adapter_names"] = mixed, len(inputs)
     for way, _ in ways.values():
-        way(min(8, len(rows)))
+        way(min(8, len(inputs)))
     return ways
 
 
