@@ -42,8 +42,8 @@ ALLOWED = {
     "progress": {"training"},
     "doctor": {"tasks"},
     "bench": {
-        "atomic", "config", "data", "doctor", "fused", "heads", "methods", "model", "report", "runs", "sampling", "settings", "tasks",
-        "text", "tokens", "training"
+        "atomic", "config", "data", "doctor", "fused", "heads", "methods", "model", "runs", "sampling", "settings",
+        "tasks", "text", "tokens"
     },
     "training": {
         "atomic", "data", "heads", "methods", "metrics", "report", "runs", "sampling", "scoring", "settings", "tasks"
