@@ -435,8 +435,15 @@ def bench(arguments: Sequence[str]) -> int:
     parser.add_argument("name", nargs="*", help=f"measurements, by default all: {', '.join(MEASUREMENTS)}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="that a median is taken over; default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("benchmarks.md"), help="default: %(default)s")
+    parser.add_argument("--figures", type=Path, metavar="HTML", help="draw how the cost grows, and nothing else")
     options = parser.parse_args(arguments)
     _quiet_libraries()
+    if options.figures is not None:
+        from unolora.bench.growth import write_figures
+
+        write_figures(options.figures)
+        _write(f"written  {options.figures}")
+        return 0
     for name, lines in run(options.name, options.rounds, options.output):
         table = Table("what", "measured against", "ratio", "reach", title=name)
         for line in lines:

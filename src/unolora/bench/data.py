@@ -79,16 +79,12 @@ def lengths(rounds: int) -> list[Line]:
             _swap(model, Dropout, torch.nn.Dropout)
         splits = [runs.encode_rows(model, row, d.splits["train"], tokenizer, 128) for row, d in enumerate(data)]
         steps[name] = _steps(model, micro_batches(splits, tokenizer, parts), parts)
-    counted = {
-        name: padding(itertools.islice(micro_batches(splits, tokenizer, n), 50 * n)) for name, (_, n) in both.items()
-    }
+    counted = [padding(itertools.islice(micro_batches(splits, tokenizer, n), 50 * n)) for _, n in both.values()]
     times = interleaved(steps, rounds)
     note = f"examples/s; MiniLM, all GLUE tasks, {STEPS} steps of 32 rows a round"
     return [
         line(times, ours, theirs, ">= 1.5", note, faster=True),
-        Line(
-            "padding tokens of 50 steps, 8 micro-batches by length", "random batches", counted[ours] / counted[theirs]
-        ),
+        Line("padding tokens of 50 steps, 8 micro-batches by length", "random batches", counted[0] / counted[1]),
     ]
 
 
@@ -114,9 +110,8 @@ def recipe(rounds: int) -> list[Line]:
     splits = [runs.encode_rows(model, row, d.splits["train"], tokenizer, 128, train=True) for row, d in enumerate(data)]
     plain = models.lora(host, "t5-base")
     ours, theirs = "training on GLUE's lengths, UnoLoRA*, T5-small's shapes", "padded to 512 and 64, as the authors do"
-    fixed = _steps(
-        lambda **batch: {"loss": plain(**batch).loss}, _widened(micro_batches(splits, tokenizer, 1)), 1, plain, 1
-    )
+    wide = _widened(micro_batches(splits, tokenizer, 1))
+    fixed = _steps(lambda **batch: {"loss": plain(**batch).loss}, wide, 1, plain, steps=1)
     times = interleaved({ours: _steps(model, micro_batches(splits, tokenizer, 8), 8, steps=1), theirs: fixed}, rounds)
     return [line(times, ours, theirs, ">= 12", "examples/s; a step of 32 rows a round", faster=True)]
 
@@ -152,11 +147,11 @@ def _steps(
     return run
 
 
-def _swap(model: Any, old: Any, new: Any) -> None:
+def _swap(model: Any, old: type[torch.nn.Dropout], new: type[torch.nn.Dropout]) -> None:
     """Give a backbone that `runs` loaded torch's own dropout back."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is old:
+            if isinstance(child, old):
                 setattr(parent, name, new(child.p))
 
 

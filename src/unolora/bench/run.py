@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unolora.atomic import explained, write_json, write_text
-from unolora.bench import data, steps
+from unolora.bench import data, growth, steps
 from unolora.bench.timing import ROUNDS, Line
 from unolora.errors import InputError, unknown
 
@@ -28,6 +28,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "preprocessing": data.preprocessing,
     "file": data.file,
     "imports": data.imports,
+    "growth": growth.growth,
 }
 """Name -> function of the number of rounds; its docstring says what it does."""
 
