@@ -191,7 +191,9 @@ def test_the_files_of_a_run(method):
     run = tiny.trained(method)
     found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     adapter = {f"adapter/{name}" for name in FILES[method] | {"heads.safetensors", "tasks.json", "README.md"}}
-    files = {"config.yaml", "environment.json", "metrics.jsonl", "predictions.json", "results.json", "report.html"}
+    files = {
+        "config.yaml", "data.json", "environment.json", "metrics.jsonl", "predictions.json", "results.json", "report.html",
+    }  # fmt: skip
     learned = {f"analysis/{name}.{kind}" for name in ("table", "summary") for kind in ("csv", "parquet")}
     learned |= {"analysis/about.json", "analysis/arrays.safetensors"}
     if method == analysis.collect.PER_TASK:  # whose tasks compare with each other
@@ -233,7 +235,7 @@ def test_heads_are_named_by_their_tasks():
 def test_the_environment_is_described():
     found = json.loads((tiny.trained() / "environment.json").read_text(encoding="utf-8"))
     assert set(found) == {
-        "unolora", "torch", "transformers", "peft", "python", "platform", "processor", "threads", "date"
+        "unolora", "torch", "transformers", "peft", "python", "platform", "processor", "processes", "threads", "date"
     }  # fmt: skip
     assert found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()

@@ -57,7 +57,7 @@ def run(names: Sequence[str], rounds: int, output: Path) -> Iterator[tuple[str, 
     """
     for name in names:
         if name not in MEASUREMENTS:
-            raise unknown("measurement", name, MEASUREMENTS)
+            raise unknown("measurement", name, [*MEASUREMENTS, "serve"])
     if rounds < ROUNDS:
         raise InputError(f"a median needs at least {ROUNDS} rounds, got {rounds}")
     kept = read(output)
