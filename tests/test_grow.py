@@ -206,7 +206,8 @@ def test_the_new_run_is_a_run(tmp_path):
     path = add(old, tmp_path / "more", examples=12)
     names = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     assert names == {
-        "config.yaml", "data.json", "environment.json", "metrics.jsonl", "metrics-tone.jsonl", "results.json", "report.html",
+        "config.yaml", "data.json", "environment.json", "metrics.jsonl", "metrics-tone.jsonl", "results.json",
+        "report.html",
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/heads.safetensors",
         "adapter/tasks.json", "adapter/README.md",
     }  # fmt: skip

@@ -18,7 +18,8 @@ def model_card(settings: Settings, tasks: Sequence[Task], results: Mapping[str, 
         results: What results.json holds.
     """
     unolora = results["method"] == "unolora"
-    usage = _USAGE.format(first=tasks[0].name) if unolora else "`unolora.load_run(FOLDER)` reads it.\n"
+    heads = "; `heads.safetensors` holds the heads" if results["parameters"]["heads"] else ""
+    usage = _USAGE.format(first=tasks[0].name) if unolora else "`unolora.runs.load_run(FOLDER)` reads it.\n"
     return (
         f"---\nlibrary_name: peft\ntags: [unolora, multi-task]\n---\n\n# {results['label']} on {settings.backbone}\n\n"
         f"One adapter for {len(tasks)} tasks: {results['parameters']['adapter']:,} trained parameters, and "
@@ -28,7 +29,7 @@ def model_card(settings: Settings, tasks: Sequence[Task], results: Mapping[str, 
         f"A constant is the most frequent label, or the mean. The mean of first metrics on the test splits is "
         f"{results['averages']['mean_of_first_metrics']['test']:.4f}.\n\n"
         f"## Tasks and data\n\n{_tasks(tasks, results)}\n"
-        f"`tasks.json` says all of it; `heads.safetensors` holds the heads.\n\n## Use\n\n{usage}\n"
+        f"`tasks.json` says all of it{heads}.\n\n## Use\n\n{usage}\n"
         f"## Limits\n\n{_limits(settings, results)}"
     )
 
@@ -41,8 +42,8 @@ model = PeftModel.from_pretrained(backbone, FOLDER)   # or the name of this repo
 states = model(**batch, tasks="{first}")
 ```
 
-`unolora.load_run(FOLDER)` gives backbone, adapter and heads in one, and `unolora predict FOLDER --task {first} "..."`
-answers.
+`unolora.runs.load_run(FOLDER)` gives backbone, adapter and heads in one, and
+`unolora predict FOLDER --task {first} "..."` answers.
 """
 
 
