@@ -33,6 +33,7 @@ def test_the_run_folder_is_whole(run):
         "analysis",
         "baselines",
         "config.yaml",
+        "data.json",
         "environment.json",
         "metrics.jsonl",
         "predictions.json",
