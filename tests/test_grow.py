@@ -297,7 +297,7 @@ def test_few_examples_are_even_over_the_labels(tmp_path):
     rows = [{"text": f"the cat {i}", "label": "rare" if i < 6 else "common"} for i in range(80)]
     task = Task.from_dict({**TONE, "source": {"train": str(tiny.write_rows(path / "uneven.jsonl", rows))}})
     own = runs.read_settings(trained())
-    data = grow._data(own, task)
+    data = runs.read_data(own, task)
     every = data.splits["train"]
     assert np.bincount(every.targets).min() < 8
     few = grow._fewer(data, 4, seed=0)

@@ -45,7 +45,7 @@ ALLOWED = {
     "hub": {"card", "runs", "tasks"},
     "scoring": {"data", "metrics", "processes", "runs", "tasks", "text"},
     "serving": {"atomic", "data", "layer", "methods", "model", "runs", "scoring", "tasks", "text"},
-    "compare": {"runs", "settings"},
+    "compare": {"charts", "runs", "settings"},
     "charts": set(),
     "gradients": set(),
     "analysis": {

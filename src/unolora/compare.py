@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unolora import charts
 from unolora import runs as run_folders
 from unolora.errors import InputError, unknown
 from unolora.settings import flat
@@ -436,14 +437,6 @@ def notes(found: Sequence[Mapping[str, Any]], split: str, average: str) -> list[
 # ---------------------------------------------------------------- text
 
 
-def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} GB"
-
-
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -458,7 +451,7 @@ SHOW: dict[str, Callable[[Any], str]] = {
     "gain": lambda value: f"{value:+.4f}",
     "percent": lambda value: f"{value:#.3g}".rstrip("."),
     "count": lambda value: f"{value:,}",
-    "bytes": _bytes,
+    "bytes": charts.SHOW["bytes"],
     "duration": _duration,
 }
 

@@ -36,7 +36,7 @@ from unolora.hypernetwork import encode_sample
 from unolora.runs import Model, Run
 from unolora.settings import Settings, to_dict
 from unolora.tasks import TASKS, Task, get
-from unolora.tasks.rows import TaskData, load, order
+from unolora.tasks.rows import TaskData, order
 from unolora.text import Answers, TextModel
 from unolora.training import MultiTaskTrainer, checkpoints_of, fit, results_of
 
@@ -150,7 +150,7 @@ def add_task(
         )
     own = _shortened(settings, steps, learning_rate)
     results = _results(folder)
-    full = _data(own, _rooted(task.as_text() if text else task, root))
+    full = runs.read_data(own, _rooted(task.as_text() if text else task, root))
     data = _fewer(full, examples, own.training.seed)
     run = runs.load_run(folder)
     quantise.check_trainable(run.model)
@@ -158,7 +158,7 @@ def add_task(
     lesson = _prepare(run, parts, own, data, start, tune)
     tasks = [each.task for each in lesson.data]
     with new_folder(output) as temporary:
-        checkpoints = checkpoints_of(temporary, own, "unolora", lesson.data)
+        checkpoints = checkpoints_of(temporary, own, "unolora", runs.digests(lesson.data))
         trainer = MultiTaskTrainer(run.model, own, tasks, lesson.splits, Collator(run.tokenizer), checkpoints)
         if progress is not None:
             trainer.add_callback(progress(f"task {task.name}", trainer))
@@ -304,12 +304,6 @@ def _rooted(task: Task, root: Path | None) -> Task:
     return replace(task, source=replace(task.source, **full))
 
 
-def _data(settings: Settings, task: Task) -> TaskData:
-    """Read a task's rows, limited as those of the run."""
-    root = None if settings.data.root is None else Path(settings.data.root)
-    return load(task, root=root, limit=settings.data.limit, evaluation_limit=settings.data.evaluation_limit)
-
-
 def _fewer(data: TaskData, examples: int | None, seed: int) -> TaskData:
     """Keep `examples` of the training rows, as evenly over the labels as they come."""
     task, train = data.task, data.splits["train"]
@@ -342,7 +336,7 @@ def _prepare(run: Run, parts: Sequence[Part], settings: Settings, data: TaskData
         part = replace(part, vector=vector)
     old = [] if tune == "row" else list(parts)
     _assemble(model, [*old, part])
-    everything = [*(_data(settings, each.task) for each in old), data]
+    everything = [*(runs.read_data(settings, each.task) for each in old), data]
     splits: dict[str, dict[int, Encoded]] = {}
     for name in data.splits:
         splits[name] = {

@@ -44,7 +44,7 @@ from unolora.processes import spread
 from unolora.settings import Settings
 from unolora.tasks import Task
 from unolora.tasks.files import one_line
-from unolora.tasks.rows import Rows, StreamedRows, TaskData
+from unolora.tasks.rows import Rows, StreamedRows, TaskData, load
 from unolora.text import Answers, TextModel, encode_text
 
 NO_GENERATION = "`scoring: generation` needs answers that are text; heads write nothing, so leave it out"
@@ -508,6 +508,17 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def read_data(settings: Settings, task: Task) -> TaskData:
+    """Read a task's rows, cut and limited as those of a run that was trained with these settings.
+
+    Raises:
+        InputError: A file or a row can't be used.
+    """
+    data = settings.data
+    root = None if data.root is None else Path(data.root)
+    return load(task, root=root, limit=data.limit, evaluation_limit=data.evaluation_limit)
 
 
 def digests(data: Sequence[TaskData]) -> dict[str, dict[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ from torch import Tensor
 from unolora import metrics, processes
 from unolora.data import Collator, Encoded
 from unolora.errors import InputError
-from unolora.runs import NO_GENERATION, Model, Run, check_data, digests, encode_rows
+from unolora.runs import NO_GENERATION, Model, Run, check_data, digests, encode_rows, read_data
 from unolora.tasks import Task
-from unolora.tasks.rows import Rows, StreamedRows, load
+from unolora.tasks.rows import Rows, StreamedRows
 from unolora.text import TextModel
 
 Row = tuple[int, Encoded, int]
@@ -179,14 +178,12 @@ def read_split(run: Run, row: int, split: str) -> Encoded:
     Raises:
         InputError: The data can't be read any more, or holds labels that the run does not know.
     """
-    settings = run.settings.data
-    root = None if settings.root is None else Path(settings.root)
-    data = load(run.tasks[row], root=root, limit=settings.limit, evaluation_limit=settings.evaluation_limit)
+    data = read_data(run.settings, run.tasks[row])
     check_data(run.folder, digests([data]), split)
     rows = data.splits[split]
     if isinstance(rows, StreamedRows):
         raise InputError(f"the {split} rows of task {data.task.name!r} are streamed, which are not scored as a whole")
-    return encode_rows(run.model, row, rows, run.tokenizer, settings.max_length)
+    return encode_rows(run.model, row, rows, run.tokenizer, run.settings.data.max_length)
 
 
 def evaluate_run(run: Run, split: str) -> tuple[dict[str, dict[str, float]], dict[str, int]]:

@@ -56,6 +56,9 @@ BEFORE_CONFIG = ("environment.json", runs.DATA)
 WORST, LONGEST = 8, 400
 """Rows of a task whose texts predictions.json keeps, and characters of a text."""
 
+Digests = Mapping[str, Mapping[str, str]]
+"""Task -> split -> digest of its rows; see `runs.digests`."""
+
 Splits = Mapping[str, Mapping[int, Encoded]]
 """Split -> task row -> its tokens."""
 
@@ -96,9 +99,9 @@ def _train(settings: Settings, folder: Path, root: Path | None, resume: bool, pr
     data = load_data(settings, root)
     model, tokenizer = _build(settings, settings.method, data)  # what can't be built or read is known before
     splits = _encode(settings, data, model, tokenizer)  #         anything is written
-    collate = Collator(tokenizer)
+    collate, digests = Collator(tokenizer), runs.digests(data)
     with ExitStack() as held:
-        processes.first(lambda: _claim(held, folder, settings, root, data, resume))
+        processes.first(lambda: _claim(held, folder, settings, root, digests, resume))
         if settings.training.deterministic:
             held.enter_context(_deterministic())
         built = {settings.method: model}
@@ -107,7 +110,7 @@ def _train(settings: Settings, folder: Path, root: Path | None, resume: bool, pr
             if processes.first(lambda own=own: _is_finished(own)):  # type: ignore[misc]
                 continue
             model = built.pop(method) if method in built else _build(settings, method, data)[0]
-            stopped = _train_method(settings, method, model, data, splits, collate, own, progress)
+            stopped = _train_method(settings, method, model, data, digests, splits, collate, own, progress)
             if stopped is not None:
                 raise Interrupted(folder, stopped)
         processes.first(lambda: _analyse(folder, settings))
@@ -180,7 +183,7 @@ def _claim(
     folder: Path,
     settings: Settings,
     root: Path | None,
-    data: Sequence[rows.TaskData],
+    digests: Digests,
     resume: bool,
 ) -> None:
     """Hold the run folder until `held` is left, and write what the run is made of into it."""
@@ -189,7 +192,6 @@ def _claim(
         folder.mkdir(parents=True, exist_ok=True)
     own = held.enter_context(lock.locked(folder))
     _check_folder(folder, settings, resume)  # once more, now that nobody else changes it
-    digests = runs.digests(data)
     environment = {**runs.environment(), "processes": processes.count()}
     sweep(folder)
     if resume:
@@ -267,6 +269,7 @@ def _train_method(
     method: str,
     model: runs.Model,
     data: Sequence[rows.TaskData],
+    digests: Digests,
     splits: Splits,
     collate: Collator,
     folder: Path,
@@ -274,7 +277,7 @@ def _train_method(
 ) -> int | None:
     """Train one method and write its folder; if a signal stopped it, return the step."""
     tasks = [d.task for d in data]
-    checkpoints = checkpoints_of(folder, settings, method, data)
+    checkpoints = checkpoints_of(folder, settings, method, digests)
     trainer = MultiTaskTrainer(model, settings, tasks, splits, collate, checkpoints)
     if progress is not None:
         trainer.add_callback(progress(label(method, settings.adapter), trainer))
@@ -291,9 +294,9 @@ def _train_method(
     return None
 
 
-def checkpoints_of(folder: Path, settings: Settings, method: str, data: Sequence[rows.TaskData]) -> Checkpoints:
+def checkpoints_of(folder: Path, settings: Settings, method: str, digests: Digests) -> Checkpoints:
     """Return the checkpoints of one method's training in a folder, and what they must go with."""
-    identity = {"settings": recovery.fingerprint(settings), "method": method, "data": runs.digests(data)}
+    identity = {"settings": recovery.fingerprint(settings), "method": method, "data": digests}
     return Checkpoints(folder, identity, settings.training.keep_checkpoints)
 
 

@@ -18,8 +18,7 @@ from unolora.config import WEIGHTS_NAME
 from unolora.data import Collator, Encoded
 from unolora.errors import InputError
 from unolora.layer import current_scales
-from unolora.runs import Run, build, encode_rows, how_to_go_on, load_tensors, read_settings, read_tasks
-from unolora.tasks.rows import load
+from unolora.runs import Run, build, encode_rows, how_to_go_on, load_tensors, read_data, read_settings, read_tasks
 
 Array = np.ndarray[Any, Any]
 
@@ -240,13 +239,11 @@ def encoded(run: Run, split: str, limit: int | None, *, answers: bool = False) -
     Raises:
         InputError: The data can't be read any more.
     """
-    data = run.settings.data
-    root = None if data.root is None else Path(data.root)
     found = {}
     for row, task in enumerate(run.tasks):
-        rows = load(task, root=root, limit=data.limit, evaluation_limit=data.evaluation_limit).splits[split]
+        rows = read_data(run.settings, task).splits[split]
         few = rows if limit is None else rows.take(np.arange(min(limit, len(rows))))
-        found[row] = encode_rows(run.model, row, few, run.tokenizer, data.max_length, train=answers)
+        found[row] = encode_rows(run.model, row, few, run.tokenizer, run.settings.data.max_length, train=answers)
     return found
 
 
