@@ -291,11 +291,11 @@ def test_cached_decoding_step_by_step(family):
         for _ in range(6):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             step = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
             )
             logits = step.logits[:, -1].clone()
             logits[:, 63] = -torch.inf  # the end token, which min_new_tokens forbids
-            ids, cache = logits.argmax(-1, keepdim=True), step.past_key_values
+            ids, cache = logits.argmax(-1, keepdim=True), step.cache
             mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
             found.append(ids)
     assert torch.equal(torch.cat(found, dim=1), expected)
@@ -303,7 +303,7 @@ def test_cached_decoding_step_by_step(family):
 
     for more in ({"attention_mask": mask}, {}):
         with pytest.raises(InputError, match=r"when decoding step by step, wrap the loop in `with model\.condition"):
-            model(input_ids=ids, past_key_values=cache, use_cache=True, tasks=MIXED, **more)
+            model(input_ids=ids, cache=cache, use_cache=True, tasks=MIXED, **more)
 
 
 def test_cached_decoding_of_an_encoder_decoder_step_by_step():
@@ -315,15 +315,15 @@ def test_cached_decoding_of_an_encoder_decoder_step_by_step():
         for _ in range(6):
             step = model(
                 encoder_outputs=encoded, attention_mask=inputs["attention_mask"], decoder_input_ids=ids,
-                past_key_values=cache, use_cache=True,
+                cache=cache, use_cache=True,
             )  # fmt: skip
             logits = step.logits[:, -1].clone()
             logits[:, 1] = -torch.inf
-            ids, cache = logits.argmax(-1, keepdim=True), step.past_key_values
+            ids, cache = logits.argmax(-1, keepdim=True), step.cache
             found.append(ids)
     assert torch.equal(torch.cat(found, dim=1), expected)
     with pytest.raises(InputError, match="where `encoder_outputs` are given"):
-        model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=cache, tasks=MIXED)
+        model(encoder_outputs=encoded, decoder_input_ids=ids, cache=cache, tasks=MIXED)
 
 
 def test_step_by_step_with_the_whole_input_beside_needs_no_condition():
@@ -333,7 +333,7 @@ def test_step_by_step_with_the_whole_input_beside_needs_no_condition():
     with torch.no_grad():
         whole = model(**inputs, decoder_input_ids=torch.cat([start, following], 1), tasks=MIXED).logits[:, 1:]
         first = model(**inputs, decoder_input_ids=start, tasks=MIXED, use_cache=True)
-        second = model(**inputs, decoder_input_ids=following, past_key_values=first.past_key_values, tasks=MIXED)
+        second = model(**inputs, decoder_input_ids=following, cache=first.cache, tasks=MIXED)
     assert apart(second.logits, whole) < 1e-4 * whole.abs().max()
 
 
@@ -344,8 +344,8 @@ def test_generation_continues_from_a_given_cache(family):
     with torch.no_grad(), model.condition(MIXED, **inputs):
         start = {name: value[:, :4] for name, value in inputs.items()}
         positions = (start["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        cache = model(**start, position_ids=positions, use_cache=True).past_key_values
-    assert torch.equal(generate(model, inputs, tasks=MIXED, past_key_values=cache), expected)
+        cache = model(**start, position_ids=positions, use_cache=True).cache
+    assert torch.equal(generate(model, inputs, tasks=MIXED, cache=cache), expected)
 
 
 def test_condition_holds_for_everything_inside():

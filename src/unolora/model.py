@@ -49,6 +49,7 @@ TARGET_MODULES: dict[str, list[str] | str] = {
     "vit": ["query", "value", "q_proj", "v_proj"],  # renamed within transformers 5
 }
 MORE_ARGUMENTS = ("tasks", "sample_mask")  # of a backbone's forward and generate
+CACHES = ("cache", "past_key_values")  # the keys and values of earlier tokens, by today's name and the former
 STEP_BY_STEP = (
     "when decoding step by step, wrap the loop in `with model.condition(tasks=..., input_ids=..., attention_mask=...):`"
 )
@@ -349,8 +350,8 @@ class UnoLoraModel(BaseTuner):
     def _embedded(self, inputs: dict[str, Any], width: int) -> tuple[Tensor, Any]:
         """Return the input embeddings and the mask that comes with them, if any."""
         mask, embeddings = inputs.get("attention_mask"), inputs.get("inputs_embeds")
-        past = inputs.get("past_key_values")
-        if self._decodes_only and past is not None and past.get_seq_length():
+        past = [inputs[name] for name in CACHES if inputs.get(name) is not None]
+        if self._decodes_only and past and past[0].get_seq_length():
             raise InputError(
                 f"the tokens before these are in the cache, out of the sample encoding's sight; {STEP_BY_STEP}"
             )
@@ -613,7 +614,7 @@ class Conditioned:
         main = getattr(self.tuner.model, "main_input_name", "input_ids")
         if inputs.get("inputs") is not None:
             inputs = {**inputs, main: inputs["inputs"]}
-        inputs = {**inputs, "past_key_values": None}  # the tokens of a given cache are among the input_ids
+        inputs = {**inputs, **dict.fromkeys(CACHES)}  # the tokens of a given cache are among the input_ids
         config = inputs.get("generation_config") or getattr(self.tuner.model, "generation_config", None)
         tokens = inputs.get("input_ids")
         if config is None or tokens is None or inputs.get("attention_mask") is not None:

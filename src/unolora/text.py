@@ -329,13 +329,13 @@ class TextModel(nn.Module):
         if R == 1:
             return model(**inputs, decoder_input_ids=torch.cat([start, paths[:, 0]], 1)).logits.unsqueeze(1)
         out = model(**inputs, decoder_input_ids=start, use_cache=True)
-        cache = out.past_key_values  # with the keys and values of the input, which are most of the work
+        cache = out.cache  # with the keys and values of the input, which are most of the work
         cache.batch_repeat_interleave(R)
         more = model(
             encoder_outputs=BaseModelOutput(out.encoder_last_hidden_state.repeat_interleave(R, 0)),
             attention_mask=inputs["attention_mask"].repeat_interleave(R, 0),
             decoder_input_ids=paths.reshape(B * R, L),
-            past_key_values=cache,
+            cache=cache,
         ).logits.view(B, R, L, -1)
         return torch.cat([out.logits.unsqueeze(1).expand(-1, R, -1, -1), more], 2)
 
@@ -348,13 +348,13 @@ class TextModel(nn.Module):
             return self._logits_at(model, inputs, ends.unsqueeze(1) - 1).unsqueeze(1)
         out = model(**inputs, use_cache=True)
         first = out.logits[torch.arange(B, device=ends.device), ends - 1]  #                 [B, V]
-        cache = out.past_key_values
+        cache = out.cache
         cache.batch_repeat_interleave(R)
         more = model(
             input_ids=paths.reshape(B * R, L),
             attention_mask=torch.cat([mask, mask.new_ones(B, L)], 1).repeat_interleave(R, 0),
             position_ids=(ends.unsqueeze(1) + torch.arange(L, device=ends.device)).repeat_interleave(R, 0),
-            past_key_values=cache,
+            cache=cache,
         ).logits.view(B, R, L, -1)
         return torch.cat([first.view(B, 1, 1, -1).expand(-1, R, -1, -1), more], 2)
 
