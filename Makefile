@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The CPU build, which installs quickly. For another build: make setup TORCH="torch --index-url ..."
 TORCH ?= torch==2.13.0
-# GLUE as JSON lines, a folder a task, for reproduce-small.
+# GLUE as JSON lines, a folder a task, for reproduce-small and parts of bench.
 DATA ?= ../shared/data/glue
 
 export HF_HUB_OFFLINE ?= 1
@@ -39,7 +39,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/unolora bench
+	$(BIN)/unolora bench --data $(DATA)
 
 reproduce-small: setup
 	$(BIN)/python scripts/reproduce.py configs/glue-small.yaml results/glue-small --data-root $(DATA) --jobs 2

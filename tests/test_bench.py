@@ -2,18 +2,20 @@
 
 import json
 import re
-from itertools import islice
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import T5ForConditionalGeneration
 
 import tiny
+import tiny_text
 from unolora import cli
-from unolora.bench import data, growth, models, run, steps, timing
+from unolora.bench import evaluation, growth, lengths, models, run, steps, timing
 from unolora.bench.timing import Line, Times, interleaved, line, paired
-from unolora.data import Encoded
+from unolora.data import Collator, Encoded
 from unolora.errors import InputError
 from unolora.layer import UnoLoraLayer
 from unolora.tokens import Ragged
@@ -57,7 +59,7 @@ def test_fewer_than_seven_rounds_are_refused(tmp_path):
     with pytest.raises(InputError, match="at least 7 rounds, got 3"):
         interleaved({"a": list}, 3)
     with pytest.raises(InputError, match="at least 7 rounds, got 3"):
-        list(run.run([], 3, tmp_path / "benchmarks.md"))
+        list(run.run([], 3, tmp_path, tmp_path / "benchmarks.md"))
     assert not list(tmp_path.iterdir())
 
 
@@ -139,7 +141,7 @@ def test_mixed_tasks_cost_no_kernel_and_a_task_more_neither():
         for tasks, used in ((32, 1), (32, 32), (256, 32))
     }
     assert len(set(counts.values())) == 1
-    lora = models.lora(base, "minilm", adapters=3)
+    lora = models.loras(base, "minilm", adapters=3)
     one, three = (
         kernels((lora, {**inputs, "adapter_names": [f"task{i % used}" for i in range(32)]})) for used in (1, 3)
     )
@@ -149,20 +151,70 @@ def test_mixed_tasks_cost_no_kernel_and_a_task_more_neither():
 def test_micro_batches_by_length_pad_less():
     random = np.random.default_rng(0)
     split = Encoded({"input_ids": Ragged.of([[5] * n for n in random.integers(1, 30, 64)])}, np.zeros(64))
-    batches = {parts: list(islice(data.micro_batches([split], tiny.tokenizer(), parts), parts)) for parts in (1, 8)}
-    rows = {
-        parts: sorted(int(n) for b in found for n in b["attention_mask"].sum(1)) for parts, found in batches.items()
+    cuts = {"whole": (1, False), "drawn": (8, False), "by length": (8, True)}
+    rows = {name: list(lengths.micro_batches([split], n, by_length=how, steps=1)) for name, (n, how) in cuts.items()}
+    drawn = rows["whole"][0]
+    assert [*chain(*rows["drawn"])] == drawn, "as they were drawn"
+    assert sorted(chain(*rows["by length"])) == sorted(drawn), "the same step"
+    long = [split.lengths()[row] for _, row in drawn]
+    expected = {
+        "whole": 32 * max(long) - sum(long),
+        "drawn": sum(4 * max(part) for part in np.reshape(long, (8, 4)).tolist()) - sum(long),
+        "by length": sum(4 * max(part) for part in np.reshape(sorted(long), (8, 4)).tolist()) - sum(long),
     }
-    assert rows[1] == rows[8], "the same step"
-    assert data.padding(batches[1]) == 32 * max(rows[1]) - sum(rows[1])
-    expected = sum(4 * max(part) - sum(part) for part in np.array(rows[8]).reshape(8, 4).tolist())
-    assert data.padding(batches[8]) == expected < data.padding(batches[1])
+    found = {
+        name: lengths.padding(lengths.collated([split], batches, tiny.tokenizer())) for name, batches in rows.items()
+    }
+    assert found == expected
+    assert found["by length"] < found["drawn"] < found["whole"]
 
 
-def test_glue_that_is_not_there_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "GLUE", tmp_path / "nowhere")
-    with pytest.raises(InputError, match="nowhere: no such folder; GLUE is read from there"):
-        data.glue()
+def test_glue_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such folder; pass `--data` with GLUE"):
+        lengths.read_glue(tmp_path / "nowhere")
+
+
+def test_loras_made_at_once_are_those_that_peft_makes():
+    base, inputs = models.backbone("minilm"), models.batch("minilm", 2, 3)
+    model = models.loras(base, "minilm", 3).eval()
+    assert sorted(model.peft_config) == ["task0", "task1", "task2"]
+    names = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    assert len(names) == len(set(names)) == 3 * 4
+    for name, parameter in model.named_parameters():
+        if "lora_B.task2" in name:
+            parameter.data.normal_()
+    with torch.no_grad():
+        found = model(**inputs, adapter_names=["task1", "task2"]).last_hidden_state
+        bare = base.eval()(**inputs).last_hidden_state
+    torch.testing.assert_close(found[0], bare[0])
+    assert (found[1] - bare[1]).abs().max() > 0.01
+
+
+def test_a_merged_task_runs_the_kernels_of_the_bare_backbone():
+    base, inputs = models.backbone("minilm"), models.batch("minilm", 2, 3)
+    adapted = models.unolora(models.backbone("minilm"), "minilm", conditioning="task")
+    more = kernels((adapted, steps.mixed(inputs, 2)))
+    assert kernels((adapted.merge_and_unload(tasks="task0"), inputs)) == kernels((base, inputs)) < more
+
+
+def test_forced_answers_end_generation():
+    """What is generated is the right answer, and no longer than the longest of its batch."""
+    host = T5ForConditionalGeneration.from_pretrained(tiny_text.backbone("t5"))
+    end = host.config.eos_token_id
+    answers = torch.tensor([[7, 8, end], [9, end, -100]])
+    batch = {"input_ids": torch.tensor([[5, 6], [5, 7]]), "attention_mask": torch.ones(2, 2, dtype=torch.long)}
+    out = evaluation.generated(host, {**batch, "answers": answers}, 64)
+    assert out[:, 1:3].tolist() == [[7, 8], [9, end]]
+    assert out.shape[1] == 4
+
+
+def test_the_authors_batches_are_as_wide_as_theirs():
+    split = Encoded({"input_ids": Ragged.of([[5] * n for n in (3, 9)])}, np.zeros(2), answers=[[1], [2]])
+    rows = [(0, split, 0), (0, split, 1)]
+    collate = Collator(tiny.tokenizer())
+    (plain,), (wide,) = (list(evaluation.batches(rows, collate, wide=how)) for how in (False, True))
+    assert (plain["input_ids"].shape, wide["input_ids"].shape) == ((2, 9), (2, 512))
+    assert plain["attention_mask"].sum() == wide["attention_mask"].sum() == 12
 
 
 def test_flops_do_not_grow_with_tasks_and_a_task_costs_less_and_less():
@@ -195,7 +247,12 @@ def measured(monkeypatch):
         """Measure second."""
         return [Line("x", "y", float(rounds))]
 
+    def third(rounds, glue):
+        """Measure third."""
+        return [Line("on", str(glue.name), float(rounds))]
+
     monkeypatch.setattr(run, "MEASUREMENTS", {"first": first, "second": second})
+    monkeypatch.setattr(run, "ON_GLUE", {"third": third})
 
 
 @pytest.mark.usefixtures("measured")
@@ -211,6 +268,19 @@ def test_the_page_keeps_what_was_measured_before(tmp_path, capsys):
     assert "`unolora bench second --rounds 8`" in text
     assert "torch 2" in text
     assert set(json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))) == {"first", "second"}
+
+
+@pytest.mark.usefixtures("measured")
+def test_without_glue_all_others_are_measured(tmp_path, capsys):
+    page = tmp_path / "benchmarks.md"
+    arguments = ["--output", str(page), "--data"]
+    assert cli.bench([*arguments, str(tmp_path / "nowhere")]) == 0
+    assert "left out  third: " in capsys.readouterr().out
+    assert set(run.read(page)) == {"first", "second"}
+    (tmp_path / "glue").mkdir()
+    assert cli.bench([*arguments, str(tmp_path / "glue")]) == 0
+    assert set(run.read(page)) == {"first", "second", "third"}
+    assert "| on | glue | 7.000 |" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("measured")

@@ -428,13 +428,15 @@ def bench(arguments: Sequence[str]) -> int:
         from unolora.bench.serve import main
 
         return main(arguments[1:])
-    from unolora.bench.run import MEASUREMENTS, number, run, wanted
+    from unolora.bench.run import MEASUREMENTS, ON_GLUE, number, run, wanted
     from unolora.bench.timing import ROUNDS
 
     parser = _Parser("bench")
-    parser.add_argument("name", nargs="*", help=f"measurements, by default all: {', '.join(MEASUREMENTS)}")
+    parser.add_argument("name", nargs="*", help=f"measurements, by default all: {', '.join([*MEASUREMENTS, *ON_GLUE])}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="that a median is taken over; default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("benchmarks.md"), help="default: %(default)s")
+    about = f"GLUE as JSON lines, a folder a task, for {', '.join(ON_GLUE)}; default: %(default)s"
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/glue"), metavar="FOLDER", help=about)
     parser.add_argument("--figures", type=Path, metavar="HTML", help="draw how the cost grows, and nothing else")
     options = parser.parse_args(arguments)
     _quiet_libraries()
@@ -444,7 +446,9 @@ def bench(arguments: Sequence[str]) -> int:
         write_figures(options.figures)
         _write(f"written  {options.figures}")
         return 0
-    for name, lines in run(options.name, options.rounds, options.output):
+    if not options.name and not options.data.is_dir():
+        _write(f"left out  {', '.join(ON_GLUE)}: {options.data}: no such folder")
+    for name, lines in run(options.name, options.rounds, options.data, options.output):
         table = Table("what", "measured against", "ratio", "reach", title=name)
         for line in lines:
             table.add_row(line.what, line.against, number(line), wanted(line))

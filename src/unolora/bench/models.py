@@ -35,14 +35,28 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def lora(model: Any, name: str, adapters: int = 1, r: int = 8) -> Any:
+def lora(model: Any, name: str, r: int = 8, adapter: str = "default") -> Any:
     """Put PEFT's LoRA on a twin of the backbone."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.1, target_modules=TARGETS[name])
-    model = get_peft_model(twin(model), config, adapter_name="task0" if adapters > 1 else "default")
-    for number in range(1, adapters):
-        model.add_adapter(f"task{number}", config)
+    return get_peft_model(twin(model), config, adapter_name=adapter)
+
+
+def loras(model: Any, name: str, adapters: int, r: int = 8) -> Any:
+    """Put several of PEFT's LoRAs on a twin of the backbone, "task0" and so on.
+
+    All but the first are put into the layers that PEFT made for it: `add_adapter` goes through all modules, those of
+    the earlier adapters among them, each time, which takes minutes for hundreds.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    model = lora(model, name, r, "task0")
+    config = model.peft_config["task0"]
+    model.peft_config |= {f"task{number}": copy.copy(config) for number in range(1, adapters)}
+    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+        for number in range(1, adapters):
+            layer.update_layer(f"task{number}", r, lora_alpha=2 * r, config=config)
     return model
 
 
@@ -72,7 +86,10 @@ def floor(model: Any) -> Any:
     def watch(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         return output.requires_grad_() if torch.is_grad_enabled() else output
 
-    model.get_input_embeddings().register_forward_hook(watch)
+    table = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight is table:  # T5's encoder and decoder have one each
+            module.register_forward_hook(watch)
     return model
 
 

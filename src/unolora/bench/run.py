@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unolora.atomic import explained, write_json, write_text
-from unolora.bench import data, growth, steps
+from unolora.bench import data, evaluation, growth, lengths, steps
 from unolora.bench.timing import ROUNDS, Line
 from unolora.errors import InputError, unknown
 
@@ -22,15 +22,20 @@ MEASUREMENTS: dict[str, Measurement] = {
     "memory": steps.memory,
     "inference": steps.inference,
     "many-tasks": steps.many_tasks,
-    "lengths": data.lengths,
-    "recipe": data.recipe,
     "bf16": data.bf16,
-    "preprocessing": data.preprocessing,
     "file": data.file,
     "imports": data.imports,
     "growth": growth.growth,
 }
 """Name -> function of the number of rounds; its docstring says what it does."""
+
+ON_GLUE: dict[str, Callable[[int, Path], list[Line]]] = {
+    "lengths": lengths.lengths,
+    "recipe": lengths.recipe,
+    "scoring": evaluation.scoring,
+    "preprocessing": data.preprocessing,
+}
+"""The same for those that read GLUE, whose folder comes second."""
 
 HEAD = """\
 # Benchmarks
@@ -41,12 +46,13 @@ the processor's time. Lines without brackets are counted.
 """
 
 
-def run(names: Sequence[str], rounds: int, output: Path) -> Iterator[tuple[str, list[Line]]]:
+def run(names: Sequence[str], rounds: int, glue: Path, output: Path) -> Iterator[tuple[str, list[Line]]]:
     """Run measurements one by one, and write the page after each.
 
     Args:
-        names: Of `MEASUREMENTS`; all when empty.
+        names: Of `MEASUREMENTS` and `ON_GLUE`; when empty all that can be run, so without GLUE only the former.
         rounds: Over which medians are taken.
+        glue: The folder of GLUE.
         output: benchmarks.md; what it holds of other measurements stays.
 
     Yields:
@@ -56,23 +62,27 @@ def run(names: Sequence[str], rounds: int, output: Path) -> Iterator[tuple[str, 
         InputError: A name is unknown, or there are too few rounds.
     """
     for name in names:
-        if name not in MEASUREMENTS:
-            raise unknown("measurement", name, [*MEASUREMENTS, "serve"])
+        if name not in _every():
+            raise unknown("measurement", name, [*_every(), "serve"])
     if rounds < ROUNDS:
         raise InputError(f"a median needs at least {ROUNDS} rounds, got {rounds}")
     kept = read(output)
-    for name in names or MEASUREMENTS:
+    for name in names or (_every() if glue.is_dir() else MEASUREMENTS):
         started = time.perf_counter()
-        lines = MEASUREMENTS[name](rounds)
+        lines = MEASUREMENTS[name](rounds) if name in MEASUREMENTS else ON_GLUE[name](rounds, glue)
         kept[name] = {
             "command": f"unolora bench {name} --rounds {rounds}",
             "seconds": round(time.perf_counter() - started),
             "environment": environment(),
             "lines": [asdict(line) for line in lines],
         }
-        write_json(output.with_suffix(".json"), {name: kept[name] for name in MEASUREMENTS if name in kept})
+        write_json(output.with_suffix(".json"), {name: kept[name] for name in _every() if name in kept})
         write_text(output, page(kept))
         yield name, lines
+
+
+def _every() -> dict[str, Callable[..., list[Line]]]:
+    return {**MEASUREMENTS, **ON_GLUE}
 
 
 def read(output: Path) -> dict[str, Any]:
@@ -104,13 +114,13 @@ def environment() -> dict[str, str]:
 def page(kept: Mapping[str, Mapping[str, Any]]) -> str:
     """Write the page of the kept measurements."""
     parts = [HEAD]
-    for name in MEASUREMENTS:
+    for name in _every():
         if name not in kept:
             continue
         found = kept[name]
         lines = [Line(**line | {"spread": line["spread"] and tuple(line["spread"])}) for line in found["lines"]]
         about = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
-        summary = (MEASUREMENTS[name].__doc__ or "").strip().splitlines()[0]
+        summary = (_every()[name].__doc__ or "").strip().splitlines()[0]
         parts.append(f"## {name}\n\n{summary} `{found['command']}` ({found['seconds']} s; {about}).\n\n{table(lines)}")
     return "\n".join(parts)
 

@@ -29,7 +29,7 @@ class Line:
         what: Is measured.
         against: The thing it is measured against.
         ratio: Of the two.
-        reach: What it should be, such as "<= 0.93"; empty where nothing is asked.
+        reach: What it should be, such as "<= 0.93" or "= 1 ± 0.02"; empty where nothing is asked.
         spread: The quartiles of the rounds' ratios; None for what is counted.
         cpu: The ratio of processor time; None where it says nothing.
         note: More, such as shapes.
@@ -47,7 +47,9 @@ class Line:
         """Whether the ratio is as it should be; None where nothing is asked."""
         if not self.reach:
             return None
-        sign, limit = self.reach.split()
+        sign, limit, *within = self.reach.split()
+        if sign == "=":
+            return abs(self.ratio - float(limit)) <= float(within[1])
         return self.ratio <= float(limit) if sign == "<=" else self.ratio >= float(limit)
 
 
@@ -117,8 +119,11 @@ def in_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, li
         RuntimeError: A program failed; the message has the end of what it said.
     """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
-    for _ in range(rounds):
-        for name, arguments in commands.items():
+    names = list(commands)
+    for at in range(rounds):
+        start = at % len(names)
+        for name in names[start:] + names[:start]:
+            arguments = commands[name]
             done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{name}: {done.stderr[-500:]}")
