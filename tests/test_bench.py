@@ -220,16 +220,31 @@ def test_the_authors_batches_are_as_wide_as_theirs():
 def test_flops_do_not_grow_with_tasks_and_a_task_costs_less_and_less():
     few, many = growth.cost(tasks=2, tokens=8), growth.cost(tasks=200, tokens=8)
     assert many["flops"] == few["flops"] > 1
-    assert many["per_task"] < few["per_task"] / 20
+    assert many["parameters"] / 200 < few["parameters"] / 2 / 20
+    assert many["loras"] == pytest.approx(100 * few["loras"])
     assert growth.cost(tasks=2, tokens=8, r=16)["flops"] > few["flops"]
 
 
-def test_figures_are_one_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(growth, "curves", lambda: {"r": ((1, 2), [{"flops": 1.1, "parameters": 0.1}] * 2)})
-    assert cli.bench(["--figures", str(tmp_path / "growth.html")]) == 0
-    page = (tmp_path / "growth.html").read_text(encoding="utf-8")
-    assert "flops of a forward" in page
-    assert not re.search(r'<script[^>]*src="http', page)
+def test_growth_is_counted_timed_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(growth, "AXES", {"tasks": (1, 10), "r": (2, 4), "tokens": (3,), "layers": (1, 2)})
+    page, figures = tmp_path / "benchmarks.md", tmp_path / "growth.html"
+    with pytest.raises(InputError, match="run `unolora bench growth` first"):
+        cli.bench(["--figures", str(figures), "--output", str(page)])
+    assert cli.bench(["growth", "--output", str(page)]) == 0
+    found = {each["what"]: each["ratio"] for each in run.read(page)["growth"]["lines"]}
+    assert len(found) == 4 * 7
+    assert found["flops of a forward, tasks = 10"] == found["flops of a forward, tasks = 1"] > 1
+    assert found["parameters of LoRAs, %, tasks = 10"] == pytest.approx(10 * found["parameters of LoRAs, %, tasks = 1"])
+    assert cli.bench(["--figures", str(figures), "--output", str(page)]) == 0
+    html = figures.read_text(encoding="utf-8")
+    assert "Parameters, % of the backbone&#39;s" in html
+    assert not re.search(r'<(script|link)[^>]*(src|href)="http', html)
+
+
+def test_counting_takes_no_memory_for_weights():
+    with torch.device("meta"):
+        base, model = growth._models(2, 4, 1)
+    assert all(parameter.is_meta for parameter in [*base.parameters(), *model.parameters()])
 
 
 # The page

@@ -55,8 +55,8 @@ ALLOWED = {
     "progress": {"training"},
     "doctor": {"tasks"},
     "bench": {
-        "atomic", "config", "data", "doctor", "fused", "heads", "methods", "model", "runs", "sampling",
-        "scoring", "serving", "settings", "tasks", "text", "tokens",
+        "atomic", "charts", "config", "data", "doctor", "fused", "heads", "methods", "model", "report", "runs",
+        "sampling", "scoring", "serving", "settings", "tasks", "text", "tokens", "training",
     },
     "training": {
         "analysis", "atomic", "card", "data", "gradients", "heads", "lock", "methods", "metrics", "processes",

@@ -428,7 +428,7 @@ def bench(arguments: Sequence[str]) -> int:
         from unolora.bench.serve import main
 
         return main(arguments[1:])
-    from unolora.bench.run import MEASUREMENTS, ON_GLUE, number, run, wanted
+    from unolora.bench.run import MEASUREMENTS, ON_GLUE, number, read, run, wanted
     from unolora.bench.timing import ROUNDS
 
     parser = _Parser("bench")
@@ -437,13 +437,13 @@ def bench(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks.md"), help="default: %(default)s")
     about = f"GLUE as JSON lines, a folder a task, for {', '.join(ON_GLUE)}; default: %(default)s"
     parser.add_argument("--data", type=Path, default=Path("../shared/data/glue"), metavar="FOLDER", help=about)
-    parser.add_argument("--figures", type=Path, metavar="HTML", help="draw how the cost grows, and nothing else")
+    parser.add_argument("--figures", type=Path, metavar="HTML", help="draw the measured growth, and nothing else")
     options = parser.parse_args(arguments)
     _quiet_libraries()
     if options.figures is not None:
         from unolora.bench.growth import write_figures
 
-        write_figures(options.figures)
+        write_figures(read(options.output), options.figures)
         _write(f"written  {options.figures}")
         return 0
     if not options.name and not options.data.is_dir():

@@ -327,7 +327,8 @@ class UnoLoraModel(BaseTuner):
             if hypernetwork.bottleneck is not None:
                 width = hypernetwork.bottleneck[0].in_features
                 sample = self._sample_encoding(inputs, sample_mask, width).to(device)  # [B, D]
-            with torch.autocast(device.type, enabled=False):
+            autocast = torch.amp.is_autocast_available(device.type)  # not on the meta device
+            with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
                 scales[name] = hypernetwork(rows, sample)  #                           [B, P, R]
         self._wrap_checkpointing()
         return scaled_by(scales, self)

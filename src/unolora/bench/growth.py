@@ -1,7 +1,8 @@
-"""How the cost grows with tasks, rank, length and layers: counts, and figures of them."""
+"""How the cost grows with tasks, rank, length and layers: counts on no device, times, and a page that draws them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +10,45 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from unolora.bench import models
-from unolora.bench.timing import Line
+from unolora.bench.steps import forward, mixed
+from unolora.bench.timing import Line, interleaved, line
+from unolora.errors import InputError
 
-TASKS = (1, 10, 100, 1000)
-RANKS = (1, 4, 8, 16, 64)
-LENGTHS = (16, 64, 128, 256, 512)
-LAYERS = (6, 12, 24, 48)
+AXES: dict[str, tuple[int, ...]] = {
+    "tasks": (1, 10, 100, 1000),
+    "r": (1, 4, 8, 16, 64),
+    "tokens": (16, 64, 128, 256, 512),
+    "layers": (6, 12, 24, 48),
+}
+"""What grows, the others at the defaults of `cost`."""
+TITLES = {"tasks": "Tasks", "r": "Rank", "tokens": "Tokens of a row", "layers": "Layers"}
+ROWS = 8
+"""Of a forward."""
+BARE = "the bare backbone"
 
 
-def cost(tasks: int = 8, r: int = 8, tokens: int = 128, layers: int = 6, rows: int = 1) -> dict[str, float]:
-    """Count what UnoLoRA* adds to a forward on MiniLM's shapes.
+def _models(tasks: int, r: int, layers: int) -> tuple[Any, Any]:
+    base = models.backbone("minilm", num_hidden_layers=layers)
+    return base, models.unolora(base, "minilm", tasks, r)
+
+
+def cost(tasks: int = 8, r: int = 8, tokens: int = 32, layers: int = 6) -> dict[str, float]:
+    """Count what UnoLoRA* adds to MiniLM's shapes.
 
     Returns:
-        `flops`: of a forward, by the bare backbone's. `parameters`: of the adapter, by the backbone's. `per_task`:
-        the same, of one task.
+        `flops`: of a forward, by the bare backbone's. `parameters`: of the adapter, by the backbone's. `loras`: the
+        same, of a LoRA for each task.
     """
-    base = models.backbone("minilm", num_hidden_layers=layers)
-    base.set_attn_implementation("eager")  # whose products are all counted
-    inputs = {"input_ids": torch.ones(rows, tokens, dtype=torch.long)}
+    with torch.device("meta"):
+        base, model = _models(tasks, r, layers)
+        lora = models.trained(models.lora(base, "minilm", r))
+        inputs = {"input_ids": torch.ones(ROWS, tokens, dtype=torch.long)}
     size = sum(parameter.numel() for parameter in base.parameters())
-    bare = _flops(base, inputs)
-    model = models.unolora(base, "minilm", tasks, r)
-    adapter = sum(parameter.numel() for parameter in models.trained(model))
-    flops = _flops(model, {**inputs, "tasks": torch.zeros(rows, dtype=torch.long)})
-    return {"flops": flops / bare, "parameters": adapter / size, "per_task": adapter / size / tasks}
+    return {
+        "flops": _flops(model, {**inputs, "tasks": ["task0"] * ROWS}) / _flops(base, inputs),
+        "parameters": sum(parameter.numel() for parameter in models.trained(model)) / size,
+        "loras": tasks * sum(parameter.numel() for parameter in lora) / size,
+    }
 
 
 def _flops(model: Any, inputs: dict[str, Any]) -> int:
@@ -42,40 +58,93 @@ def _flops(model: Any, inputs: dict[str, Any]) -> int:
     return counter.get_total_flops()
 
 
-def curves() -> dict[str, tuple[tuple[int, ...], list[dict[str, float]]]]:
-    """Count `cost` along each axis, the others at their defaults: axis -> (values, costs)."""
-    axes = {"tasks": TASKS, "r": RANKS, "tokens": LENGTHS, "layers": LAYERS}
-    return {name: (values, [cost(**{name: value}) for value in values]) for name, values in axes.items()}
-
-
 def growth(rounds: int) -> list[Line]:
-    """Count the flops of a forward and the adapter's parameters, from the smallest to the largest of each axis."""
+    """Count flops and parameters, and time forwards, as tasks, rank, length and layers grow (MiniLM's shapes)."""
     lines = []
-    for name, (values, costs) in curves().items():
-        for value, found in zip(values, costs, strict=True):
-            more, each = 100 * found["parameters"], 100 * found["per_task"]
-            note = f"parameters {more:.3f} % of the backbone's, {each:.4f} % a task"
-            lines.append(Line(f"flops of a forward, {name} = {value}", "the bare backbone", found["flops"], note=note))
+    for axis, value in _points():
+        found = cost(**{axis: value})
+        lines += [
+            Line(named("flops of a forward", axis, value), BARE, found["flops"]),
+            Line(named("parameters, %", axis, value), BARE, 100 * found["parameters"]),
+            Line(named("parameters of LoRAs, %", axis, value), BARE, 100 * found["loras"]),
+            _timed(axis, value, rounds),
+        ]
     return lines
 
 
-def write_figures(path: Path) -> None:
-    """Draw `curves` as one page that opens without a network."""
-    from plotly import graph_objects as go
-    from plotly.subplots import make_subplots
+def _timed(axis: str, value: int, rounds: int) -> Line:
+    shape = {"tasks": 8, "r": 8, "tokens": 32, "layers": 6, axis: value}
+    base, model = _models(shape["tasks"], shape["r"], shape["layers"])
+    inputs = models.batch("minilm", ROWS, shape["tokens"])
+    what = named("time of a forward", axis, value)
+    runs = {what: forward(model, mixed(inputs, shape["tasks"])), BARE: forward(base, inputs)}
+    return line(interleaved(runs, rounds), what, BARE, note=f"{ROWS} rows")
 
+
+def named(what: str, axis: str, value: int) -> str:
+    """Name a line."""
+    return f"{what}, {axis} = {value}"
+
+
+def _points() -> Iterator[tuple[str, int]]:
+    for axis, values in AXES.items():
+        for value in values:
+            yield axis, value
+
+
+def write_figures(kept: Mapping[str, Any], path: Path) -> None:
+    """Draw what `growth` measured as a page of the report's kind, which opens without a network.
+
+    Args:
+        kept: What stands beside benchmarks.md.
+        path: The HTML file to write.
+
+    Raises:
+        InputError: `growth` has not been measured.
+    """
     from unolora.atomic import write_text
+    from unolora.report.page import Page, Section, render
 
-    found = curves()
-    figure = make_subplots(rows=2, cols=len(found), subplot_titles=list(found), vertical_spacing=0.12)
-    for column, (name, (values, costs)) in enumerate(found.items(), 1):
-        for row, (key, title) in enumerate(
-            (("flops", "flops of a forward, by the backbone's"), ("parameters", "parameters, by the backbone's")), 1
-        ):
-            y = [one[key] for one in costs]
-            trace = go.Scatter(x=list(values), y=y, mode="lines+markers", name=f"{name}, {key}", showlegend=False)
-            figure.add_trace(trace, row=row, col=column)
-            figure.update_xaxes(type="log", title=name, row=row, col=column)
-            figure.update_yaxes(rangemode="tozero", title=title if column == 1 else None, row=row, col=column)
-    figure.update_layout(template="plotly_white", height=640, title="How the cost of UnoLoRA* grows, MiniLM's shapes")
-    write_text(path, figure.to_html(include_plotlyjs=True, full_html=True))
+    if "growth" not in kept:
+        raise InputError("how the cost grows has not been measured: run `unolora bench growth` first")
+    found = {each["what"]: each["ratio"] for each in kept["growth"]["lines"]}
+    page = Page(
+        kicker="unolora bench",
+        title="How the cost of UnoLoRA* grows",
+        subtitle="growth",
+        meta=[f"{key} {kept['growth']['environment'][key]}" for key in ("torch", "processor", "threads")],
+        lead=(
+            "MiniLM's shapes, beside the bare backbone, as one of tasks, rank, length and layers grows; the others "
+            f"stay at 8 tasks, rank 8, 32 tokens and 6 layers. A forward has {ROWS} rows of mixed tasks."
+        ),
+        cards=[],
+        sections=[
+            Section("time", "A forward", [_figure(found, "A forward, by the bare backbone's", FORWARD, "times")]),
+            Section(
+                "size", "Parameters", [_figure(found, "Parameters, % of the backbone's", SIZE, "digits", log=True)]
+            ),
+        ],
+    )
+    write_text(path, render(page))
+
+
+FORWARD = {"operations, counted": "flops of a forward", "time, median": "time of a forward"}
+SIZE = {"UnoLoRA*, all tasks": "parameters, %", "a LoRA for each task": "parameters of LoRAs, %"}
+
+
+def _figure(found: Mapping[str, float], title: str, curves: Mapping[str, str], how: str, log: bool = False) -> Any:
+    from unolora import charts
+
+    panels = []
+    for axis, values in AXES.items():
+        series = [
+            charts.Series(label, number, {value: found[named(what, axis, value)] for value in values})
+            for number, (label, what) in enumerate(curves.items(), 1)
+        ]
+        panel = charts.lines(TITLES[axis], series, how=how, x=TITLES[axis])
+        layout = panel.plot["layout"]
+        layout["xaxis"] |= {"type": "log", "tickvals": list(values), "ticktext": [f"{value:,}" for value in values]}
+        layout["yaxis"] = {"type": "log"} if log else {"rangemode": "normal"}
+        panels.append(panel)
+    keys = [(label, number) for number, label in enumerate(curves, 1)]
+    return charts.Figure(title, f"{title}, as tasks, rank, length and layers grow", panels, keys, columns=2)

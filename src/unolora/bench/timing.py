@@ -115,6 +115,9 @@ def line(
 def in_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[dict[str, float]]]:
     """Run Python programs in processes of their own, in turns; each prints a JSON object as its last line.
 
+    Returns:
+        Of each program and round the object, and beside it `wall`, the seconds of the whole process.
+
     Raises:
         RuntimeError: A program failed; the message has the end of what it said.
     """
@@ -124,10 +127,12 @@ def in_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, li
         start = at % len(names)
         for name in names[start:] + names[:start]:
             arguments = commands[name]
+            started = time.perf_counter()
             done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{name}: {done.stderr[-500:]}")
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            wall = time.perf_counter() - started
+            found[name].append({**json.loads(done.stdout.splitlines()[-1]), "wall": wall})
     return found
 
 
