@@ -119,7 +119,7 @@ def write_figures(kept: Mapping[str, Any], path: Path) -> None:
         ),
         cards=[],
         sections=[
-            Section("time", "A forward", [_figure(found, "A forward, by the bare backbone's", FORWARD, "times")]),
+            Section("time", "A forward", [_figure(found, "A forward, by the bare backbone's", FORWARD, "score")]),
             Section(
                 "size", "Parameters", [_figure(found, "Parameters, % of the backbone's", SIZE, "digits", log=True)]
             ),

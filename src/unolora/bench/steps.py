@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unolora.bench import models
 from unolora.bench.timing import Line, in_turns, interleaved, line, paired
+from unolora.fused import replace_dropout
 
 SHAPES = {"minilm": {"rows": 32, "tokens": 32}, "t5-base": {"rows": 16, "tokens": 32}}
 FLOOR = "the floor: frozen forward, backward through activations only"
@@ -57,9 +58,13 @@ def _shape(name: str) -> str:
 def _training_step(name: str, rounds: int) -> list[Line]:
     base, inputs = models.backbone(name), models.batch(name, **SHAPES[name])
     lora, ours = "PEFT LoRA", "training step, UnoLoRA*, 32 tasks mixed"
+    in_a_run = "the same as a run takes it, the backbone's dropout by `fused.Dropout`"
+    in_run = models.twin(base)
+    replace_dropout(in_run)
     times = interleaved(
         {
             ours: step(models.unolora(base, name), mixed(inputs, 32)),
+            in_a_run: step(models.unolora(in_run, name), mixed(inputs, 32)),
             lora: step(models.lora(base, name), inputs),
             FLOOR: step(models.floor(base), inputs),
         },
@@ -70,6 +75,7 @@ def _training_step(name: str, rounds: int) -> list[Line]:
         line(times, ours, lora, "<= 0.93", note),
         line(times, ours, FLOOR, "<= 1.05", note),
         line(times, lora, FLOOR, "", note),
+        line(times, in_a_run, lora, "", note),
     ]
 
 
