@@ -44,12 +44,14 @@ bench: setup
 reproduce-small: setup
 	$(BIN)/python scripts/reproduce.py configs/glue-small.yaml results/glue-small --data-root $(DATA) --jobs 2
 
-# Of runs/quickstart and results/glue-small, into docs/; needs Chromium.
+# Of runs/quickstart, results/glue-small and benchmarks.md, into docs/; needs Chromium.
 pictures: setup
 	$(BIN)/unolora report results/glue-small --output runs/glue-small.html
 	$(BIN)/python scripts/picture.py runs/quickstart/report.html docs/report.png
 	$(BIN)/python scripts/picture.py runs/quickstart/report.html docs/learned.png --section learned --height 2600
 	$(BIN)/python scripts/picture.py runs/glue-small.html docs/comparison.png
+	$(BIN)/unolora bench --figures runs/growth.html
+	$(BIN)/python scripts/picture.py runs/growth.html docs/growth.png --height 1400
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist
