@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,35 +62,36 @@ def _flops(model: Any, inputs: dict[str, Any]) -> int:
 def growth(rounds: int) -> list[Line]:
     """Count flops and parameters, and time forwards, as tasks, rank, length and layers grow (MiniLM's shapes)."""
     lines = []
-    for axis, value in _points():
-        found = cost(**{axis: value})
-        lines += [
-            Line(named("flops of a forward", axis, value), BARE, found["flops"]),
-            Line(named("parameters, %", axis, value), BARE, 100 * found["parameters"]),
-            Line(named("parameters of LoRAs, %", axis, value), BARE, 100 * found["loras"]),
-            _timed(axis, value, rounds),
-        ]
+    for axis, values in AXES.items():
+        for value in values:
+            found = cost(**{axis: value})
+            lines += [
+                Line(named("flops of a forward", axis, value), BARE, found["flops"]),
+                Line(named("parameters, %", axis, value), BARE, 100 * found["parameters"]),
+                Line(named("parameters of LoRAs, %", axis, value), BARE, 100 * found["loras"]),
+            ]
+        lines += _timed(axis, rounds)
     return lines
 
 
-def _timed(axis: str, value: int, rounds: int) -> Line:
-    shape = {"tasks": 8, "r": 8, "tokens": 32, "layers": 6, axis: value}
-    base, model = _models(shape["tasks"], shape["r"], shape["layers"])
-    inputs = models.batch("minilm", ROWS, shape["tokens"])
-    what = named("time of a forward", axis, value)
-    runs = {what: forward(model, mixed(inputs, shape["tasks"])), BARE: forward(base, inputs)}
-    return line(interleaved(runs, rounds), what, BARE, note=f"{ROWS} rows")
+def _timed(axis: str, rounds: int) -> list[Line]:
+    """Time forwards along one axis, all in turns."""
+    runs, pairs = {}, []
+    for value in AXES[axis]:
+        shape = {"tasks": 8, "r": 8, "tokens": 32, "layers": 6, axis: value}
+        base, model = _models(shape["tasks"], shape["r"], shape["layers"])
+        inputs = models.batch("minilm", ROWS, shape["tokens"])
+        bare = named(BARE, axis, value) if axis in ("tokens", "layers") else BARE  # which else is the same for all
+        what = named("time of a forward", axis, value)
+        runs |= {bare: forward(base, inputs), what: forward(model, mixed(inputs, shape["tasks"]))}
+        pairs.append((what, bare))
+    times = interleaved(runs, rounds)
+    return [replace(line(times, *pair), against=BARE, note=f"{ROWS} rows") for pair in pairs]
 
 
 def named(what: str, axis: str, value: int) -> str:
     """Name a line."""
     return f"{what}, {axis} = {value}"
-
-
-def _points() -> Iterator[tuple[str, int]]:
-    for axis, values in AXES.items():
-        for value in values:
-            yield axis, value
 
 
 def write_figures(kept: Mapping[str, Any], path: Path) -> None:
@@ -135,6 +137,8 @@ SIZE = {"UnoLoRA*, all tasks": "parameters, %", "a LoRA for each task": "paramet
 def _figure(found: Mapping[str, float], title: str, curves: Mapping[str, str], how: str, log: bool = False) -> Any:
     from unolora import charts
 
+    drawn = [found[named(what, axis, value)] for what in curves.values() for axis in AXES for value in AXES[axis]]
+    same = {"range": [min(drawn) - 0.01, max(drawn) + 0.01]}  # so that panels can be compared
     panels = []
     for axis, values in AXES.items():
         series = [
@@ -144,7 +148,7 @@ def _figure(found: Mapping[str, float], title: str, curves: Mapping[str, str], h
         panel = charts.lines(TITLES[axis], series, how=how, x=TITLES[axis])
         layout = panel.plot["layout"]
         layout["xaxis"] |= {"type": "log", "tickvals": list(values), "ticktext": [f"{value:,}" for value in values]}
-        layout["yaxis"] = {"type": "log"} if log else {"rangemode": "normal"}
+        layout["yaxis"] = {"type": "log", "dtick": 1} if log else same
         panels.append(panel)
     keys = [(label, number) for number, label in enumerate(curves, 1)]
     return charts.Figure(title, f"{title}, as tasks, rank, length and layers grow", panels, keys, columns=2)
