@@ -51,7 +51,7 @@ pictures: setup
 	$(BIN)/python scripts/picture.py runs/quickstart/report.html docs/learned.png --section learned --height 2600
 	$(BIN)/python scripts/picture.py runs/glue-small.html docs/comparison.png
 	$(BIN)/unolora bench --figures runs/growth.html
-	$(BIN)/python scripts/picture.py runs/growth.html docs/growth.png --height 1400
+	$(BIN)/python scripts/picture.py runs/growth.html docs/growth.png --width 1180 --height 1860
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist
