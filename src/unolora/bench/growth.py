@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,8 @@ def growth(rounds: int) -> list[Line]:
 
 def _timed(axis: str, rounds: int) -> list[Line]:
     """Time forwards along one axis, all in turns."""
-    runs, pairs = {}, []
+    runs: dict[str, Callable[[], None]] = {}
+    pairs = []
     for value in AXES[axis]:
         shape = {"tasks": 8, "r": 8, "tokens": 32, "layers": 6, axis: value}
         base, model = _models(shape["tasks"], shape["r"], shape["layers"])
