@@ -9,14 +9,14 @@ DATA ?= ../shared/data/glue
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup quickstart test test-fast lint format bench reproduce-small pictures clean
+.PHONY: setup quickstart test test-fast lint format constraints bench reproduce-small pictures clean
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 quickstart: setup
@@ -37,6 +37,16 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The newest versions that the ranges in pyproject.toml allow; run the tests before keeping them.
+constraints:
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(VENV)-newest/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,quant]'
+	head -2 constraints.txt > constraints.new
+	$(VENV)-newest/bin/python -m pip freeze --exclude-editable --exclude torch | sort -f >> constraints.new
+	mv constraints.new constraints.txt
+	rm -r $(VENV)-newest
 
 bench: setup
 	$(BIN)/unolora bench --data $(DATA)

@@ -36,7 +36,8 @@ ALLOWED = {
     "heads": {"hypernetwork", "methods", "tasks"},
     "tokens": {"atomic"},
     "data": {"sampling", "tasks", "tokens"},
-    "text": {"data", "heads", "methods", "metrics", "tasks", "tokens"},
+    "text": {"data", "heads", "methods", "metrics", "tasks", "tokens", "vocabulary"},
+    "vocabulary": set(),
     "runs": {
         "atomic", "checkpoint", "config", "data", "doctor", "fused", "heads", "methods", "processes", "quantise",
         "settings", "tasks", "text",

@@ -95,7 +95,7 @@ def test_scores_are_probabilities_and_the_choice_is_the_greedy_walk(words, seed)
     for r, path in enumerate(tree.paths):
         for depth in range(len(path) + 1):
             logits[0, r, depth] = behind(path[:depth])
-    chosen, scores = _walk(tree, logits)
+    chosen, scores = _walk(tree, logits, torch.arange(6))
     assert scores.exp().sum().item() == pytest.approx(1, abs=1e-5)
     prefix = ()
     while prefix not in answers:
@@ -292,6 +292,7 @@ def test_one_pass_of_the_decoder_scores_all_labels(family):
     calls = []
     host = run.model.method.backbone.base_model.model
     stack = host.decoder if family == "t5" else host.model
+    scoring.outputs(run.model, [(0, splits[0], 0)], Collator(run.tokenizer))  # the first batch is read both ways
     stack.register_forward_pre_hook(lambda module, args, kwargs: calls.append(1), with_kwargs=True)
     for rows, most in (([(0, splits[0], i) for i in range(6)], 1), ([(2, splits[2], i) for i in range(6)], 2)):
         calls.clear()

@@ -9,7 +9,8 @@ Scoring. A task's possible answers form a prefix tree of tokens, each ended by t
 log p(answer) is the sum, over the nodes on its way, of log p(its branch | node), among the branches of that node. The
 prediction goes down the likeliest branch from node to node: what greedy generation writes wherever that is an answer.
 
-Axes: B batch, T tokens, L tokens of an answer, R paths of the tree, V vocabulary, K tasks, C answers of a task.
+Axes: B batch, T tokens, L tokens of an answer, R paths of the tree, V vocabulary, W tokens that answers part with,
+K tasks, C answers of a task.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from unolora.metrics import UNPARSED
 from unolora.tasks import Task
 from unolora.tasks.rows import Rows
 from unolora.tokens import Ragged, tokenize
+from unolora.vocabulary import logits_of
 
 CUE = "\nanswer:"
 """Ends the prompt of a decoder-only model, whose answer goes right behind it."""
@@ -174,6 +176,14 @@ class Answers(nn.Module):
             self._trees[key] = Tree.of(answers)
         return self._trees[key]
 
+    def branches(self) -> Tensor:
+        """Return the tokens that any task's answers part with, from the lowest [W].
+
+        Those of all tasks, so that a row's result does not depend on which others are in its batch.
+        """
+        nodes = [node.branches for row in range(len(self.tasks)) for node in self.tree(row).nodes]
+        return torch.cat(nodes).unique()
+
     def longest(self, *rows: int) -> int:
         """Tokens of the longest answer of these tasks, of all by default, the end token among them; see `tree`."""
         return max(self.tree(row).longest for row in rows or range(len(self.tasks)))
@@ -310,12 +320,13 @@ class TextModel(nn.Module):
             for place, path in enumerate(tree.paths):
                 table[tasks.cpu() == row, place, : len(path)] = torch.tensor(path, dtype=torch.long)
         read = self._read_encoded if self.encodes else self._read_decoder
-        logits = read(model, inputs, table.to(tasks.device))  #                              [B, R, L + 1, V]
+        tokens, paths = self.heads.branches().to(tasks.device), table.to(tasks.device)
+        logits = logits_of(model, tokens, lambda: read(model, inputs, paths))  #             [B, R, L + 1, W]
         C = max(self.heads.tree(row).size for row in range(len(self.heads.tasks)))
         found = torch.full((len(tasks), 1 + C), -torch.inf, dtype=torch.float64, device=tasks.device)
         for row, tree in trees.items():
             rows = (tasks == row).nonzero().squeeze(1)
-            chosen, scores = _walk(tree, logits[rows])
+            chosen, scores = _walk(tree, logits[rows], tokens)
             if self.heads.tasks[row].kind == "regression":
                 chosen = torch.tensor(self.heads.values(row), dtype=torch.float64, device=chosen.device)[chosen]
             found[rows, 0] = chosen.double()
@@ -402,12 +413,19 @@ class TextModel(nn.Module):
         return self.method.run(tasks, {"input_ids": input_ids, "attention_mask": attention_mask}, write)
 
 
-def _walk(tree: Tree, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Go through a tree: the greedily chosen answer [b], and log p of all [b, C], from logits [b, R, L + 1, V]."""
+def _walk(tree: Tree, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Go through a tree: the greedily chosen answer [b], and log p of all [b, C].
+
+    Args:
+        tree: Of a task.
+        logits: Along its paths [b, R, L + 1, W].
+        tokens: Whose logits they are, from the lowest [W].
+    """
     scores = logits.new_zeros(len(logits), tree.size, dtype=torch.float32)
     greedy = torch.ones(len(logits), tree.size, dtype=torch.bool, device=logits.device)
     for node in tree.nodes:
-        among = logits[:, node.path, node.depth, node.branches.to(logits.device)].float().log_softmax(1)  # [b, m]
+        columns = torch.searchsorted(tokens, node.branches.to(tokens.device))  #              [m]
+        among = logits[:, node.path, node.depth, columns].float().log_softmax(1)  #          [b, m]
         taken = node.taken.to(logits.device)
         passing = (taken >= 0).nonzero().squeeze(1)
         scores[:, passing] += among[:, taken[passing]]
