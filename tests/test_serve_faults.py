@@ -31,11 +31,6 @@ from unolora.serving import auth
 INPUT = [("mood", "a good day")]
 
 
-@pytest.fixture(scope="module")
-def run():
-    return runs.load_run(tiny.trained())
-
-
 class Gate:
     """Holds the model of a server until it is opened."""
 
