@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from unolora.errors import InputError
@@ -33,17 +33,19 @@ from unolora.serving.metrics import SHARED, Metrics
 from unolora.serving.service import Service
 from unolora.serving.settings import ServeSettings
 
+LONGEST_HEAD = 65_536  # bytes
 TOLD = "UNOLORA_SERVE"
 """The environment variable from which workers learn what to serve."""
 
 
-class Impatient(H11Protocol):
-    """HTTP over a connection that is closed when a request's head takes too long to come.
+class Impatient(HttpToolsProtocol):
+    """HTTP over a connection that is closed when a request's head takes too long to come, or is too long.
 
-    uvicorn's own timer runs between requests only, and a byte stops it.
+    uvicorn's own timer runs between requests only, and a byte stops it; a head it collects without an end.
     """
 
     _head: asyncio.TimerHandle | None = None
+    _length = 0
 
     def connection_made(self, transport: Any) -> None:
         """Start to wait for the first head."""
@@ -58,6 +60,10 @@ class Impatient(H11Protocol):
         super().data_received(data)
         if self.cycle is not before:
             self._forget_head()
+        elif self._head is not None:
+            self._length += len(data)
+            if self._length > LONGEST_HEAD:
+                self.send_400_response("the head of the request is too long")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
@@ -68,6 +74,7 @@ class Impatient(H11Protocol):
         self._head = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
 
     def _forget_head(self) -> None:
+        self._length = 0
         if self._head is not None:
             self._head.cancel()
             self._head = None
