@@ -270,3 +270,21 @@ def training(model: nn.Module) -> Iterator[nn.Module]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A trained run of three tasks on a tiny encoder."""
+    import tiny
+    from unolora.runs import load_run
+
+    return load_run(tiny.trained())
+
+
+@pytest.fixture(scope="module")
+def site(run):
+    """A server of it."""
+    from live import live
+
+    with live(run) as found:
+        yield found

@@ -8,15 +8,9 @@ import pytest
 import tiny
 from live import live
 from test_engine import mixed
-from unolora import runs
 from unolora.bench import load, serve
 from unolora.serving import Engine
 from unolora_cli import main
-
-
-@pytest.fixture(scope="module")
-def run():
-    return runs.load_run(tiny.trained())
 
 
 def test_the_load_asks_all_and_keeps_its_clients_apart(run):

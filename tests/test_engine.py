@@ -54,11 +54,6 @@ def prompts(run):
 
 
 @pytest.fixture(scope="module")
-def run():
-    return runs.load_run(tiny.trained())
-
-
-@pytest.fixture(scope="module")
 def engine(run):
     with Engine(run, max_wait=0.0) as engine:
         yield engine

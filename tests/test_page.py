@@ -9,11 +9,9 @@ import sys
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-import tiny
 from live import live
 from test_engine import alone
 from test_serve import SPOKEN
-from unolora import runs
 from unolora.serving import auth
 
 CHROMIUM = shutil.which("chromium")
@@ -21,17 +19,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)"),
 ]
-
-
-@pytest.fixture(scope="module")
-def run():
-    return runs.load_run(tiny.trained())
-
-
-@pytest.fixture(scope="module")
-def site(run):
-    with live(run) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

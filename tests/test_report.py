@@ -720,7 +720,8 @@ def contrast(one, other):
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_colours_pass_wcag_aa(theme):
-    style = (Path(charts.__file__).parent / "assets" / "report.css").read_text(encoding="utf-8")
+    assets = Path(charts.__file__).parent / "assets"
+    style = "".join((assets / name).read_text(encoding="utf-8") for name in ("colours.css", "report.css"))
     pairs = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", style)
     colours = {name: pair[theme] for name, *pair in pairs}
     assert contrast("#000000", "#ffffff") == pytest.approx(21)

@@ -25,17 +25,6 @@ from unolora_cli import COMMANDS, main
 SPOKEN = {"mood": "we saw a good day", "topic": "then a cat", "heat": ["the hot fire", "it was ice"]}
 
 
-@pytest.fixture(scope="module")
-def run():
-    return runs.load_run(tiny.trained())
-
-
-@pytest.fixture(scope="module")
-def site(run):
-    with live(run) as found:
-        yield found
-
-
 @pytest.fixture(scope="module", params=tiny_text.FAMILIES)
 def written(request):
     long = {"steps": 20, "learning_rate": 0.02, "evaluate_every": 20, "checkpoint_every": 20}

@@ -1,5 +1,6 @@
 """What goes wrong around a server: clients that leave, stall or lie, broken adapters, being told to stop."""
 
+import gc
 import json
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 
@@ -26,14 +28,9 @@ from live import live
 from test_engine import Held, mixed, poison
 from test_serve import bearer, problem
 from unolora import runs, training
-from unolora.serving import auth
+from unolora.serving import auth, server
 
 INPUT = [("mood", "a good day")]
-
-
-@pytest.fixture(scope="module")
-def run():
-    return runs.load_run(tiny.trained())
 
 
 class Gate:
@@ -400,6 +397,21 @@ def test_a_broken_adapter_does_not_take_over(reloadable, spoil):
     assert site.client.get("/v1/tasks").json()["version"] == 0
     assert site.metric("unolora_reloads_total", result="failed") == 1
     assert site.client.get("/readyz").status_code == 200
+
+
+def test_a_replaced_adapter_goes_though_the_collector_is_kept_away(reloadable):
+    """What `settle` hides from the garbage collector is freed once nothing refers to it."""
+    site, _ = reloadable
+    assert site.client.post("/v1/reload").status_code == 200  # the first one is held by this test
+    server.settle()
+    try:
+        assert gc.get_freeze_count() > 100_000
+        replaced = weakref.ref(site.service.engine.predictor.run.model)
+        assert site.client.post("/v1/reload").status_code == 200
+        assert site.predict(INPUT).status_code == 200  # the engine lets go of its last batch
+        assert replaced() is None
+    finally:
+        gc.unfreeze()
 
 
 def test_keys_are_read_again(reloadable, tmp_path):

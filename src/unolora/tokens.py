@@ -89,7 +89,10 @@ def tokenize(
 
     if not texts:
         return {"input_ids": Ragged.of([])}
-    names = list(by(texts[:1]))  # which also sets the backend's truncation
+    row = by(texts[:1])  # which also sets the backend's truncation
+    if len(texts) == 1:
+        return {name: Ragged.of(found) for name, found in row.items()}
+    names = list(row)
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(backend, "encode_batch_fast") or not set(names) <= set(FIELDS):
         return {name: Ragged.of(found) for name, found in by(texts).items()}

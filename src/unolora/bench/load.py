@@ -8,6 +8,7 @@ file is run by its path and needs the standard library only: importing the packa
 from __future__ import annotations
 
 import asyncio
+import collections
 import itertools
 import json
 import sys
@@ -33,26 +34,54 @@ async def load(port: int, bodies: Sequence[bytes], *, clients: int, requests: in
         `seconds` in all, `latencies` in seconds, and the count of each of the `statuses`.
     """
     turn = itertools.islice(itertools.cycle(bodies), requests)
-    latencies: list[float] = []
-    statuses: dict[str, int] = {}
+    loop = asyncio.get_running_loop()
     begin = time.perf_counter()
-    await asyncio.gather(*(_client(port, turn, latencies, statuses) for _ in range(clients)))
-    return {"seconds": time.perf_counter() - begin, "latencies": latencies, "statuses": statuses}
+    made = [await loop.create_connection(lambda: _Client(turn), "127.0.0.1", port) for _ in range(clients)]
+    found = [client for _, client in made]
+    await asyncio.gather(*(client.done for client in found))
+    seconds = time.perf_counter() - begin
+    latencies = [latency for client in found for latency in client.latencies]
+    statuses = collections.Counter(status for client in found for status in client.statuses)
+    return {"seconds": seconds, "latencies": latencies, "statuses": dict(statuses)}
 
 
-async def _client(port: int, turn: Iterator[bytes], latencies: list[float], statuses: dict[str, int]) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    for body in turn:
-        begin = time.perf_counter()
-        writer.write(HEAD.format(length=len(body)).encode() + body)
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0])
-        await reader.readexactly(length)
-        latencies.append(time.perf_counter() - begin)
-        status = head.split(b" ", 2)[1].decode()
-        statuses[status] = statuses.get(status, 0) + 1
-    writer.close()
-    await writer.wait_closed()
+class _Client(asyncio.Protocol):
+    """One connection: asks for the next body as soon as it is answered, until there is none."""
+
+    def __init__(self, turn: Iterator[bytes]) -> None:
+        self.turn, self.latencies, self.statuses = turn, list[float](), list[str]()
+        self.done = asyncio.get_running_loop().create_future()
+        self.begin: float | None = None  # of the request that is under way
+        self.answer = b""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.ask()
+
+    def ask(self) -> None:
+        body = next(self.turn, None)
+        self.begin = None if body is None else time.perf_counter()
+        if body is None:
+            self.transport.close()
+        else:
+            self.transport.write(HEAD.format(length=len(body)).encode() + body)
+
+    def data_received(self, data: bytes) -> None:
+        self.answer += data
+        assert self.begin is not None
+        head, end, body = self.answer.partition(b"\r\n\r\n")
+        if not end or len(body) < int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0]):
+            return
+        self.latencies.append(time.perf_counter() - self.begin)
+        self.statuses.append(head.split(b" ", 2)[1].decode())
+        self.answer = b""
+        self.ask()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.begin is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(exc or ConnectionError("the server hung up"))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -80,9 +80,9 @@ def render(page: Page) -> str:
     kinds: list[type] = [Table, Figure, Quotes, Code, More]
     pages.tests |= {"known": lambda value: charts.known(charts.middle(value))}
     pages.tests |= {kind.__name__.lower(): lambda item, kind=kind: isinstance(item, kind) for kind in kinds}
-    assets = {name: loader.get_source(pages, f"report.{name}")[0] for name in ("css", "js")}
+    colours, css, js = (loader.get_source(pages, name)[0] for name in ("colours.css", "report.css", "report.js"))
     return pages.get_template("report.html.jinja").render(
-        assets=assets, plotly=_plotly(), no_figures=NO_FIGURES, page=page
+        assets={"css": colours + css, "js": js}, plotly=_plotly(), no_figures=NO_FIGURES, page=page
     )
 
 

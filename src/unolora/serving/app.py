@@ -29,6 +29,7 @@ from unolora.serving.service import Service, filled
 
 log = logging.getLogger("unolora.serving")
 STATIC = Path(__file__).parent / "static"
+COLOURS = Path(__file__).parents[1] / "assets" / "colours.css"  # the reports' too
 KEY = [Security(HTTPBearer(auto_error=False))]  # for the OpenAPI document; `Guard` looks at the key
 router = APIRouter()
 
@@ -261,6 +262,12 @@ async def metrics(request: Request) -> Response:
 async def page() -> FileResponse:
     """Return the page to try the tasks."""
     return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
+
+
+@router.get("/static/colours.css", include_in_schema=False)
+async def colours() -> FileResponse:
+    """Return the colours of the page."""
+    return FileResponse(COLOURS)
 
 
 def _inputs(service: Service, request: Request, given: list[OneInput]) -> list[Input]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from unolora.errors import InputError
@@ -32,17 +33,19 @@ from unolora.serving.metrics import SHARED, Metrics
 from unolora.serving.service import Service
 from unolora.serving.settings import ServeSettings
 
+LONGEST_HEAD = 65_536  # bytes
 TOLD = "UNOLORA_SERVE"
 """The environment variable from which workers learn what to serve."""
 
 
-class Impatient(H11Protocol):
-    """HTTP over a connection that is closed when a request's head takes too long to come.
+class Impatient(HttpToolsProtocol):
+    """HTTP over a connection that is closed when a request's head takes too long to come, or is too long.
 
-    uvicorn's own timer runs between requests only, and a byte stops it.
+    uvicorn's own timer runs between requests only, and a byte stops it; a head it collects without an end.
     """
 
     _head: asyncio.TimerHandle | None = None
+    _length = 0
 
     def connection_made(self, transport: Any) -> None:
         """Start to wait for the first head."""
@@ -57,6 +60,10 @@ class Impatient(H11Protocol):
         super().data_received(data)
         if self.cycle is not before:
             self._forget_head()
+        elif self._head is not None:
+            self._length += len(data)
+            if self._length > LONGEST_HEAD:
+                self.send_400_response("the head of the request is too long")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
@@ -67,6 +74,7 @@ class Impatient(H11Protocol):
         self._head = self.loop.call_later(self.timeout_keep_alive, self.transport.close)
 
     def _forget_head(self) -> None:
+        self._length = 0
         if self._head is not None:
             self._head.cancel()
             self._head = None
@@ -89,6 +97,7 @@ def serve(run: Path, settings: ServeSettings, listening: Callable[[str], None]) 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once it has stopped
         if settings.workers == 1:
             config = _config(application(load_run(run), settings), settings)
+            settle()
             listening(url)
             uvicorn.Server(config).run([listener])
             return
@@ -133,7 +142,19 @@ def worker() -> FastAPI:
     settings = ServeSettings(**{**told["settings"], "cors": tuple(told["settings"]["cors"])})
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
-    return application(load_run(told["run"]), settings, Path(os.environ[SHARED]))
+    app = application(load_run(told["run"]), settings, Path(os.environ[SHARED]))
+    settle()
+    return app
+
+
+def settle() -> None:
+    """Keep the garbage collector away from what is there for as long as the process: libraries, above all.
+
+    It would go through hundreds of thousands of objects every few hundred requests, and nothing is answered meanwhile.
+    An adapter that is replaced goes all the same, since nothing refers to it any more.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _config(app: Any, settings: ServeSettings) -> uvicorn.Config:

@@ -174,7 +174,8 @@ async function load() {
   at("choices").replaceChildren(...found.tasks.map((task) => make("label", { title: task.description },
     make("input", { type: "checkbox", id: `task-${task.name}`, checked: "" }),
     make("span", {}, task.name),
-    make("small", {}, task.labels.length ? task.labels.slice(0, 6).join(", ") + (task.labels.length > 6 ? ", …" : "") : "a number"))));
+    make("small", {}, task.labels.length ? task.labels.slice(0, 6).join(", ") + (task.labels.length > 6 ? ", …" : "") : "a number"),
+    ...(task.description ? [make("small", { class: "about" }, task.description)] : []))));
 }
 
 async function submit(event) {
