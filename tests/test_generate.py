@@ -290,9 +290,7 @@ def test_cached_decoding_step_by_step(family):
     with torch.no_grad(), model.condition(MIXED, **inputs):
         for _ in range(6):
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            step = model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
-            )
+            step = model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
             logits = step.logits[:, -1].clone()
             logits[:, 63] = -torch.inf  # the end token, which min_new_tokens forbids
             ids, cache = logits.argmax(-1, keepdim=True), step.cache

@@ -76,7 +76,7 @@ ALLOWED = {
         "scoring", "settings", "tasks", "text", "training",
     },
     "cli": {
-        "analysis", "auto", "bench", "compare", "doctor", "export", "grow", "hub", "metrics", "processes", "progress",
+        "analysis", "auto", "bench", "card", "compare", "doctor", "export", "grow", "hub", "metrics", "processes", "progress",
         "report", "runs", "scoring", "serving", "settings", "tasks", "training",
     },
 }  # fmt: skip

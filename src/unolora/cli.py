@@ -534,13 +534,16 @@ def _lines(path: Path | None) -> list[str]:
 
 
 def _scores(results: Sequence[dict[str, Any]]) -> Table:
-    table = Table("test split", "score", "constant", *(found["label"] for found in results))
+    from unolora.card import scored_on
+
+    split = scored_on(results[0])
+    table = Table(f"{split} split", "score", "constant", *(found["label"] for found in results))
     for place, task in enumerate(results[0]["tasks"]):
         metric = task["score_metric"]
         values = [task["baseline"]["metrics"], *(found["tasks"][place]["metrics"] for found in results)]
-        table.add_row(task["name"], metric, *(f"{value['test'][metric]:.3f}" for value in values))
+        table.add_row(task["name"], metric, *(f"{value[split][metric]:.3f}" for value in values))
     table.add_section()
-    averages = [f"{found['averages']['mean_of_first_metrics']['test']:.3f}" for found in results]
+    averages = [f"{found['averages']['mean_of_first_metrics'][split]:.3f}" for found in results]
     table.add_row("mean of first metrics", "", "", *averages)
     return table
 

@@ -152,6 +152,8 @@ class Training:
     """fp32, bf16 (autocast), or auto: bf16 where the device has instructions for it"""
     max_skipped: int = 5
     """a step whose loss or gradient is not finite is skipped; training stops after so many in a row"""
+    test: bool = True
+    """score the test split in the end; runs that settings are chosen by leave it alone, and have validation scores only"""
     deterministic: bool = False
     """use only operations that give the same bits each time, also on a GPU, where they may be slower"""
     report_to: list[str] = field(default_factory=list)

@@ -285,11 +285,14 @@ def _train_method(
     best = fit(trainer, checkpoint)
     if best is None:
         return int(trainer.state.global_step)
-    answers = scoring.answers(model, tasks, splits["test"], collate, settings.scoring)
-    found = {row: values for row, (values, _) in answers.items()}
-    scores = {"validation": best["validation"], "test": scoring.scored(tasks, splits["test"], found)}
-    results = results_of(trainer, method, data, scores, best["step"], scoring.unparsed(tasks, found))
-    predicted, kept = _predictions(data, answers), checkpoints.best(best["step"])
+    scores, predicted, unparsed = {"validation": best["validation"]}, None, dict.fromkeys((t.name for t in tasks), 0)
+    if settings.training.test:
+        answers = scoring.answers(model, tasks, splits["test"], collate, settings.scoring)
+        found = {row: values for row, (values, _) in answers.items()}
+        scores["test"] = scoring.scored(tasks, splits["test"], found)
+        predicted, unparsed = _predictions(data, answers), scoring.unparsed(tasks, found)
+    results = results_of(trainer, method, data, scores, best["step"], unparsed)
+    kept = checkpoints.best(best["step"])
     processes.first(lambda: _finish(model, settings, method, data, kept, checkpoints, results, predicted))
     return None
 
@@ -337,7 +340,7 @@ def _finish(
     best: Path,
     checkpoints: Checkpoints,
     results: dict[str, Any],
-    predicted: dict[str, Any],
+    predicted: dict[str, Any] | None,
 ) -> None:
     """Write what a method leaves: its adapter, then its results, which say that it is finished."""
     if processes.sharded(model):  # here is only a part of it
@@ -347,7 +350,8 @@ def _finish(
     runs.save_adapter(model, settings, method, [d.task for d in data], adapter)
     write_text(adapter / "README.md", model_card(settings, [d.task for d in data], results))
     results["parameters"]["file_bytes"] = sum(p.stat().st_size for p in adapter.rglob("*") if p.is_file())
-    write_json(checkpoints.run / "predictions.json", predicted)
+    if predicted is not None:
+        write_json(checkpoints.run / "predictions.json", predicted)
     write_json(checkpoints.run / "results.json", results)
     shutil.rmtree(checkpoints.folder)
 
@@ -770,7 +774,7 @@ def results_of(
     best_step: int,
     unparsed: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Gather results.json: scores of both splits, what a constant scores, parameters and times."""
+    """Gather results.json: scores of the splits that were scored, what a constant scores, parameters and times."""
     settings, model = trainer.settings, trainer.model
     seen = trainer.seen()
     total = sum(p.numel() for p in model.parameters())
@@ -783,7 +787,7 @@ def results_of(
     for row, d in enumerate(data):
         name = d.task.name
         constant, trivial = None, {}
-        for split in ("validation", "test"):
+        for split in scores:
             targets = d.splits[split].targets
             constant, values = metrics.baseline(d.task, d.splits["train"].targets, len(targets))
             trivial[split] = metrics.score(d.task, targets, values)
@@ -795,7 +799,7 @@ def results_of(
                 "labels": list(d.task.labels),
                 "rows": {split: len(found) for split, found in d.splits.items()},
                 "sampling": {"planned": float(trainer.sampler.probabilities[row]), "seen": seen[name]},
-                "metrics": {split: scores[split][name] for split in ("validation", "test")},
+                "metrics": {split: found[name] for split, found in scores.items()},
                 "baseline": {"name": constant, "metrics": trivial},
                 "unparsed": unparsed[name],  # test predictions that are no answer, and count as wrong
             }
@@ -812,7 +816,7 @@ def results_of(
         "skipped": {"steps": trainer.skips.steps, "tasks": trainer.skips.tasks},
         "batch_size": settings.training.batch_size,
         "tasks": tasks,
-        "averages": {name: {split: values[name] for split, values in means.items()} for name in means["test"]},
+        "averages": {name: {split: values[name] for split, values in means.items()} for name in means["validation"]},
         "parameters": {
             "total": total,
             "trainable": trainable,
