@@ -76,8 +76,8 @@ ALLOWED = {
         "scoring", "settings", "tasks", "text", "training",
     },
     "cli": {
-        "analysis", "auto", "bench", "card", "compare", "doctor", "export", "grow", "hub", "metrics", "processes", "progress",
-        "report", "runs", "scoring", "serving", "settings", "tasks", "training",
+        "analysis", "auto", "bench", "card", "compare", "doctor", "export", "grow", "hub", "metrics", "processes",
+        "progress", "report", "runs", "scoring", "serving", "settings", "tasks", "training",
     },
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}

@@ -54,7 +54,7 @@ def test_those_who_read_results_say_so(run, capsys):
     assert "left the test splits alone; it reaches" in page
     assert cli.compare([str(run), "--split", "validation"]) == 0
     assert "Scores on the validation split" in capsys.readouterr().out
-    with pytest.raises(InputError, match="no scores on the test split, which `training.test: false` left alone"):
+    with pytest.raises(InputError, match=r"no scores on the test split, which `training\.test: false` left alone"):
         compare.compare([run])
     with pytest.raises(InputError, match="it has no test scores"):
         grow.remove_task(run, "mood", run.parent / "less")

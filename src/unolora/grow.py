@@ -481,8 +481,8 @@ def _results(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: expected the results of a finished run ({error}); copy it again") from error
     if any("test" not in entry["metrics"] for entry in found["tasks"]):
         raise InputError(
-            f"{folder}: it has no test scores, so what a change costs its tasks could not be told; train it again without "
-            "`training.test: false`"
+            f"{folder}: it has no test scores, so what a change costs its tasks could not be told; train it again "
+            "without `training.test: false`"
         )
     return found
 

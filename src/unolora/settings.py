@@ -153,7 +153,7 @@ class Training:
     max_skipped: int = 5
     """a step whose loss or gradient is not finite is skipped; training stops after so many in a row"""
     test: bool = True
-    """score the test split in the end; runs that settings are chosen by leave it alone, and have validation scores only"""
+    """score the test split in the end; a run that settings are chosen by leaves it alone"""
     deterministic: bool = False
     """use only operations that give the same bits each time, also on a GPU, where they may be slower"""
     report_to: list[str] = field(default_factory=list)
