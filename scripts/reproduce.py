@@ -42,7 +42,7 @@ import yaml
 from unolora import compare, runs
 from unolora.atomic import write_json, write_text
 from unolora.errors import InputError, unknown
-from unolora.settings import SECTIONS, Settings, flat, from_dict, to_dict
+from unolora.settings import Settings, flat, from_dict, merged, to_dict
 
 KEYS = ("settings", "tune", "seeds", "methods")
 TUNE_KEYS = ("seed", "learning_rates", "of")
@@ -204,16 +204,6 @@ def _grids(path: Path, tune: Any, methods: Mapping[str, Any]) -> tuple[int, dict
             "method as many"
         )
     return seed, grids
-
-
-def merged(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with some replaced, section by section."""
-    both = dict(settings)
-    for name, value in own.items():
-        below = both.get(name, {})
-        sections = name in SECTIONS and isinstance(below, dict) and isinstance(value, dict)
-        both[name] = {**below, **value} if sections else value
-    return both
 
 
 def _check_own(settings: Any) -> None:

@@ -31,7 +31,7 @@ ALLOWED = {
     "sampling": set(),
     "metrics": {"tasks"},
     "tasks": {"atomic"},
-    "methods": {"config", "model", "settings"},
+    "methods": {"config", "layer", "model", "settings"},
     "settings": {"config", "methods", "sampling"},
     "heads": {"hypernetwork", "methods", "tasks"},
     "tokens": {"atomic"},
@@ -48,6 +48,7 @@ ALLOWED = {
     "compare": {"charts", "runs", "settings"},
     "charts": set(),
     "gradients": set(),
+    "rates": set(),
     "analysis": {
         "atomic", "charts", "compare", "config", "data", "gradients", "layer", "runs", "scoring", "tasks"
     },
@@ -60,7 +61,7 @@ ALLOWED = {
     },
     "training": {
         "analysis", "atomic", "card", "data", "gradients", "heads", "lock", "methods", "metrics", "processes",
-        "quantise", "recovery", "report", "runs", "sampling", "scoring", "settings", "tasks"
+        "quantise", "rates", "recovery", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
     "auto": {"data", "hypernetwork", "runs", "scoring", "tasks", "text"},
     "importing": {"config"},

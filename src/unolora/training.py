@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from unolora import gradients, lock, metrics, processes, quantise, recovery, runs, scoring
+from unolora import gradients, lock, metrics, processes, quantise, rates, recovery, runs, scoring
 from unolora.atomic import explained, is_temporary, new_folder, sweep, write_json, write_text
 from unolora.card import model_card
 from unolora.data import Collator, Encoded, TaskRows, TrainingBatches, check_parts
@@ -313,6 +313,7 @@ def fit(trainer: MultiTaskTrainer, checkpoint: str | None = None) -> dict[str, A
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped:
         return None
+    trainer.try_average()
     best = trainer.checkpoints.best(trainer.state.best_global_step)
     processes.first(lambda: recovery.check(best))
     runs.load_state(trainer.model, runs.load_tensors(best / "weights.safetensors"), best)
@@ -433,6 +434,15 @@ class MultiTaskTrainer(Trainer):
         self._since_log = torch.zeros_like(self._step[:2])  # the first two since the last line, of this rank
         self.skips = Skips()
         self._pulls: dict[int, Tensor] = {}  # the running step's gradient of each task, where it is to be logged
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make AdamW, with learning rates apart where the settings say so."""
+        new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if new:
+            t = self.settings.training
+            rates.part(optimizer, self.model if model is None else model, t.b_rate_ratio, t.hypernetwork_rate_ratio)
+        return optimizer
 
     # --- a step is a function of (seed, step) ----------------------------------------------------------------------
 
@@ -594,6 +604,22 @@ class MultiTaskTrainer(Trainer):
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
+
+    def try_average(self) -> None:
+        """Score the mean of the last checkpoints' weights, if asked for; it is kept if it is better than the best."""
+        many, before = self.settings.training.average_last, self.state.best_metric
+        if many == 1:
+            return
+        paths = recovery.found(self.folder)[-many:]
+        states = [runs.load_tensors(path / "weights.safetensors") for path in paths]
+        mean = {
+            name: torch.stack([state[name] for state in states]).mean(0) if value.is_floating_point() else value
+            for name, value in states[-1].items()
+        }
+        runs.load_state(self.model, mean, paths[-1])
+        average = self.evaluate()["eval_average"]
+        if before is None or average > before:
+            self.state.best_metric, self.state.best_global_step = average, self.state.global_step
 
     def seen(self) -> dict[str, int]:
         """Return how many rows of each task the steps so far have used."""
