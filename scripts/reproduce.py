@@ -428,13 +428,16 @@ def write_tuning(suite: Suite, out: Path) -> None:
     write_json(out / "tuning.json", {"seed": seed, "average": AVERAGE, "methods": found})
 
 
-def table(all_runs: Sequence[Run], split: str, out: Path) -> str:
+def table(suite: Suite, out: Path) -> str:
     """Return the table of what was collected, its rows in the suite's order.
 
     Raises:
-        InputError: Its files can't be compared.
+        InputError: Nothing was, or its files can't be compared.
     """
-    columns, notes = compare.compare([out / run.name for run in all_runs], split=split, metrics="first")
+    folders = [out / run.name for run in suite.runs if (out / run.name / "results.json").is_file()]
+    if not folders:
+        raise InputError(f"{out}: none of the suite's runs is finished; train them without --collect")
+    columns, notes = compare.compare(folders, split=suite.split, metrics="first")
     return compare.FORMATS["markdown"](columns, notes)
 
 
@@ -492,14 +495,12 @@ def gather(suite: Suite, out: Path) -> None:
     if suite.trials:
         out.mkdir(parents=True, exist_ok=True)
         write_tuning(suite, out)
-    runs_ready = tuned(suite)
-    collect(runs_ready, out)
-    ready = [run for run in runs_ready if (out / run.name / "results.json").is_file()]
-    if ready:
-        write_text(out / "table.md", table(ready, suite.split, out))
-    elif not suite.trials:
-        raise InputError(f"{out}: none of the suite's runs is finished; train them without --collect")
-    print(f"{sum(run.finished for run in runs_ready)} of {len(suite.runs)} runs are in {out / 'table.md'}")
+    ready = tuned(suite)
+    collect(ready, out)
+    finished = sum(run.finished for run in ready)
+    if finished or not suite.trials:
+        write_text(out / "table.md", table(suite, out))
+    print(f"{finished} of {len(suite.runs)} runs are in {out / 'table.md'}")
 
 
 def train_missing(all_runs: Sequence[Run], what: str, jobs: int, lock: int) -> int:
