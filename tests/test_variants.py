@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
+import test_golden
 import tiny
 from conftest import MIXED, TASKS, adapted, apart, backbone, batch, first_head, output, scales_of, settings, wake
 from unolora import rates, runs, training
@@ -145,6 +146,34 @@ def test_rivals_take_the_scaling_too(method):
     assert rank > 4 if method == "lora-matched" else rank == 4
     model = METHODS["mtl-lora"](backbone("bert", "FEATURE_EXTRACTION"), TASKS, config)
     assert {update.scaling for update in model.updates} == {3.0}
+
+
+GOLDEN = {  # losses of four steps, as in test_golden.py
+    "rslora": ({"adapter": {"use_rslora": True}}, [0.75404, 0.89599, 1.75151, 1.03658]),
+    "gate": ({"adapter": {"scale_gate": True}}, [0.75404, 0.88954, 1.73661, 1.02460]),
+    "shared map": ({"adapter": {"shared_scale_map": True}}, [0.75404, 0.89284, 1.75198, 1.02445]),
+    "unmasked": ({"adapter": {"mask_padding": False}}, [0.75404, 0.89018, 1.73760, 1.02357]),
+    "rates apart": (
+        {"training": {"b_rate_ratio": 4.0, "hypernetwork_rate_ratio": 0.5}},
+        [0.75404, 0.91278, 1.73785, 1.07360],
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), GOLDEN.values(), ids=GOLDEN)
+def test_the_losses_are_those_on_record(changes, expected, tmp_path):
+    assert len({tuple(losses) for _, losses in (*GOLDEN.values(), ({}, test_golden.GOLDEN["unolora"]))}) == 6
+    config = tiny.settings(
+        tmp_path / "run",
+        backbone=str(tiny.backbone(dropout=0.0)),
+        adapter={"r": 4, "dropout": 0.0, **changes.get("adapter", {})},
+        training={
+            "steps": 4, "log_every": 1, "evaluate_every": 4, "checkpoint_every": 4, "schedule": "constant",
+            **changes.get("training", {}),
+        },
+    )  # fmt: skip
+    found = [line["loss"] for line in tiny.lines(training.train(config)) if line["kind"] == "train"]
+    assert found == pytest.approx(expected, abs=test_golden.TOLERANCE)
 
 
 # --- learning rates apart ------------------------------------------------------------------------------------------
