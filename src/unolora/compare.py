@@ -171,7 +171,8 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 def _run(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Take what is compared out of results.json."""
-    splits = [split for split in SPLITS if split == "validation" or "test" in document["tasks"][0]["metrics"]]
+    tested = any("test" in average for average in document["averages"].values())
+    splits = SPLITS if tested else ("validation",)
     tasks = {
         str(task["name"]): {
             "score_metric": str(task["score_metric"]),
