@@ -9,7 +9,7 @@ DATA ?= ../shared/data/glue
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup quickstart test test-fast lint format constraints bench reproduce-small pictures clean
+.PHONY: setup quickstart test test-fast lint format constraints bench reproduce-small arena arena-ablations pictures clean
 
 setup: $(VENV)/.installed
 
@@ -53,6 +53,15 @@ bench: setup
 
 reproduce-small: setup
 	$(BIN)/python scripts/reproduce.py configs/glue-small.yaml results/glue-small --data-root $(DATA) --jobs 2
+
+# Hours each; interrupted, they go on where they stopped. docs/method.md is written again from what is in results/.
+arena: setup
+	$(BIN)/python scripts/reproduce.py configs/arena.yaml results/arena --data-root $(DATA) --jobs 2
+	$(BIN)/python scripts/method_tables.py
+
+arena-ablations: setup
+	$(BIN)/python scripts/reproduce.py configs/arena-ablations.yaml results/arena-ablations --data-root $(DATA) --jobs 2
+	$(BIN)/python scripts/method_tables.py
 
 # Of runs/quickstart, results/glue-small and benchmarks.md, into docs/; needs Chromium.
 pictures: setup

@@ -1,7 +1,7 @@
-"""Put the tables of results/ between their marks in README.md: `python scripts/readme_tables.py`.
+"""Put the tables of results/ between their marks in README.md and docs/method.md: `python scripts/readme_tables.py`.
 
 A place is marked `<!-- table: NAME -->` ... `<!-- end -->`; results/NAME/table.md, which scripts/reproduce.py writes,
-holds the table.
+holds the table. `<!-- table: NAME/OTHER -->` is for results/NAME/OTHER.md, which scripts/method_tables.py writes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md")
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -23,21 +24,23 @@ def filled(text: str, results: Path) -> str:
     """Return a page whose marked places hold the tables of `results`."""
 
     def table(place: re.Match[str]) -> str:
-        path = results / place[2] / "table.md"
+        path = results / (f"{place[2]}.md" if "/" in place[2] else f"{place[2]}/table.md")
         if not path.is_file():
-            raise SystemExit(f"{path}: no such file; scripts/reproduce.py writes it")
-        return f"{place[1]}\n{only_table(path.read_text(encoding='utf-8'))}\n{place[3]}"
+            writer = "method_tables.py" if "/" in place[2] else "reproduce.py"
+            raise SystemExit(f"{path}: no such file; scripts/{writer} writes it")
+        text = path.read_text(encoding="utf-8")
+        return f"{place[1]}\n{only_table(text) or text}\n{place[3]}"
 
     return PLACE.sub(table, text)
 
 
 def main() -> None:
-    """Write README.md again."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    if not PLACE.search(text):
-        sys.exit(f"{path}: no place is marked <!-- table: NAME --> ... <!-- end -->")
-    path.write_text(filled(text, ROOT / "results"), encoding="utf-8")
+    """Write the pages again."""
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        if not PLACE.search(text):
+            sys.exit(f"{path}: no place is marked <!-- table: NAME --> ... <!-- end -->")
+        path.write_text(filled(text, ROOT / "results"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,17 @@
 A suite is a YAML file: `settings` that all runs share (what `unolora train` takes), `seeds`, and `methods`, each a name
 with the settings that are its own. Runs lie in WORK/<method>-seed<seed>/; finished ones are kept, stopped ones go on.
 OUT gets their numbers without weights or paths, and table.md.
+
+With a section `tune` each method is first trained with as many learning rates, on one seed, without a look at the test
+split; the rate with the best validation average is the one of its runs:
+
+    tune:
+      seed: 0
+      learning_rates: [1.0e-3, 3.0e-3, 1.0e-2]
+      of: {full: [1.0e-4, 3.0e-4, 1.0e-3]}          # a method's own
+
+OUT/tuning.json then holds what each rate reached. A suite whose settings say `training.test: false` is about validation
+altogether, and so is its table.
 """
 
 from __future__ import annotations
@@ -31,17 +42,19 @@ import yaml
 from unolora import compare, runs
 from unolora.atomic import write_json, write_text
 from unolora.errors import InputError, unknown
-from unolora.settings import SECTIONS, Settings, flat, from_dict, to_dict
+from unolora.settings import Settings, flat, from_dict, merged, to_dict
 
-KEYS = ("settings", "seeds", "methods")
+KEYS = ("settings", "tune", "seeds", "methods")
+TUNE_KEYS = ("seed", "learning_rates", "of")
 VERSIONS = ("unolora", "torch", "transformers", "peft", "python")
 PLACES = ("output", "overwrite", "data.root")
 GIVEN_HERE = (*PLACES, "baselines", "training.seed")
+AVERAGE = "mean_of_first_metrics"
 
 
 @dataclass
 class Run:
-    """A method with a seed."""
+    """A method with a seed, or with a learning rate to try."""
 
     method: str
     settings: Settings  # output: its folder in WORK
@@ -49,7 +62,7 @@ class Run:
     @property
     def name(self) -> str:
         """What its folders are called."""
-        return f"{self.method}-seed{self.settings.training.seed}"
+        return self.folder.name
 
     @property
     def folder(self) -> Path:
@@ -62,6 +75,11 @@ class Run:
         return self.folder.with_name(f"{self.name}.log")
 
     @property
+    def diverged(self) -> bool:
+        """Whether its training ended without results since losses or gradients were not finite."""
+        return (self.folder / "not-finite.json").is_file()
+
+    @property
     def finished(self) -> bool:
         """Whether it has results."""
         return (self.folder / "results.json").is_file()
@@ -70,12 +88,48 @@ class Run:
         """Read them."""
         return dict(json.loads((self.folder / "results.json").read_text(encoding="utf-8")))
 
+    def validation(self) -> float:
+        """Return its average over the validation splits."""
+        return float(self.results()["averages"][AVERAGE]["validation"])
+
 
 # ---------------------------------------------------------------- the suite
 
 
-def read_suite(path: Path, work: Path, data_root: Path | None = None) -> list[Run]:
-    """Read a suite's runs, seed by seed, so that every method has one run before any has two.
+@dataclass(frozen=True)
+class Suite:
+    """What a YAML file asks for.
+
+    Attributes:
+        runs: Seed by seed, so that every method has one run before any has two.
+        trials: Method -> a run for each learning rate to choose from; empty where nothing is tuned.
+    """
+
+    runs: list[Run]
+    trials: dict[str, list[Run]]
+
+    def of(self, methods: Sequence[str] | None) -> Suite:
+        """Return the part of some methods.
+
+        Raises:
+            InputError: There is no such method.
+        """
+        known = dict.fromkeys(run.method for run in self.runs)
+        for name in methods or ():
+            if name not in known:
+                raise unknown("method of the suite", name, known)
+        kept = set(methods or known)
+        trials = {name: trials for name, trials in self.trials.items() if name in kept}
+        return Suite([run for run in self.runs if run.method in kept], trials)
+
+    @property
+    def split(self) -> str:
+        """The split that its runs are compared on."""
+        return "test" if self.runs[0].settings.training.test else "validation"
+
+
+def read_suite(path: Path, work: Path, data_root: Path | None = None) -> Suite:
+    """Read a suite.
 
     Raises:
         InputError: It can't be read, or a run's settings make no sense.
@@ -84,42 +138,72 @@ def read_suite(path: Path, work: Path, data_root: Path | None = None) -> list[Ru
     for key in suite:
         if key not in KEYS:
             raise unknown("key of a suite", key, KEYS)
-    shared, seeds, methods = (suite.get(key, {}) for key in KEYS)
+    shared, tune, seeds, methods = (suite.get(key, {}) for key in KEYS)
     if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
         raise InputError(f"{path}: `seeds` must be a list of different numbers, got {seeds!r}")
     for name, value in (("settings", shared), ("methods", methods)):
         if not isinstance(value, dict) or not value:
             raise InputError(f"{path}: `{name}` must be a mapping with something in it, got {value!r}")
     root = str((data_root or path.parent).resolve())
-    found = []
-    for seed in seeds:
-        for name, own in methods.items():
-            if not re.fullmatch(r"[A-Za-z0-9_.+-]+", str(name)):
-                raise InputError(f"{path}: method {name!r} names folders: letters, digits and _.+- only")
-            try:
-                _check_own(shared)
-                _check_own(own or {})
-                settings = from_dict(merged(shared, own or {}))
-                settings = replace(
-                    settings,
-                    training=replace(settings.training, seed=seed),
-                    data=replace(settings.data, root=root),
-                    output=str(work / f"{name}-seed{seed}"),
-                )
-            except InputError as error:
-                raise InputError(f"{path}: method {name!r}: {error}") from error
-            found.append(Run(str(name), settings))
-    return found
+
+    def run(name: Any, folder: str, **training: Any) -> Run:
+        if not re.fullmatch(r"[A-Za-z0-9_.+-]+", str(name)):
+            raise InputError(f"{path}: method {name!r} names folders: letters, digits and _.+- only")
+        try:
+            _check_own(shared)
+            _check_own(methods[name] or {})
+            settings = from_dict(merged(shared, methods[name] or {}))
+            settings = replace(
+                settings,
+                training=replace(settings.training, **training),
+                data=replace(settings.data, root=root),
+                output=str(work / folder),
+            )
+        except InputError as error:
+            raise InputError(f"{path}: method {name!r}: {error}") from error
+        return Run(str(name), settings)
+
+    found = [run(name, f"{name}-seed{seed}", seed=seed) for seed in seeds for name in methods]
+    if "tune" not in suite:
+        return Suite(found, {})
+    seed, grids = _grids(path, tune, methods)
+    trials = {
+        name: [run(name, f"{name}-rate{rate:g}", seed=seed, learning_rate=rate, test=False) for rate in rates]
+        for name, rates in grids.items()
+    }
+    return Suite(found, trials)
 
 
-def merged(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with some replaced, section by section."""
-    both = dict(settings)
-    for name, value in own.items():
-        below = both.get(name, {})
-        sections = name in SECTIONS and isinstance(below, dict) and isinstance(value, dict)
-        both[name] = {**below, **value} if sections else value
-    return both
+def _grids(path: Path, tune: Any, methods: Mapping[str, Any]) -> tuple[int, dict[str, list[float]]]:
+    """Return the seed that rates are tried on, and each method's rates, of which all have the same number.
+
+    Raises:
+        InputError: The section makes no sense.
+    """
+    if not isinstance(tune, dict):
+        raise InputError(f"{path}: `tune` must be a mapping of {', '.join(TUNE_KEYS)}, got {tune!r}")
+    for key in tune:
+        if key not in TUNE_KEYS:
+            raise unknown("key of `tune`", key, TUNE_KEYS)
+    seed, common, own = tune.get("seed", 0), tune.get("learning_rates"), tune.get("of") or {}
+    for name in own:
+        if name not in methods:
+            raise unknown("method in `tune`", name, methods)
+    grids = {str(name): own.get(name, common) for name in methods}
+    for name, rates in grids.items():
+        if not isinstance(rates, list) or not rates or len(set(map(str, rates))) < len(rates):
+            raise InputError(f"{path}: `tune` needs a list of different learning rates for {name!r}, got {rates!r}")
+        for rate in rates:
+            if isinstance(rate, bool) or not isinstance(rate, int | float):
+                raise InputError(f"{path}: a learning rate of {name!r} must be a number, got {rate!r}")
+    counts = {name: len(rates) for name, rates in grids.items()}
+    if len(set(counts.values())) > 1:
+        few, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+        raise InputError(
+            f"{path}: `tune` tries {counts[most]} learning rates of {most!r} and {counts[few]} of {few!r}; give every "
+            "method as many"
+        )
+    return seed, grids
 
 
 def _check_own(settings: Any) -> None:
@@ -130,6 +214,26 @@ def _check_own(settings: Any) -> None:
         inside = settings.get(section) if section else settings
         if isinstance(inside, dict) and key in inside:
             raise InputError(f"`{name}` is not a suite's to say: seeds are in `seeds`, places on the command line")
+
+
+def tuned(suite: Suite) -> list[Run]:
+    """Return the runs with the learning rates that were chosen, of the methods whose trials are all over."""
+    if not suite.trials:
+        return suite.runs
+    chosen = {name: choice(trials) for name, trials in suite.trials.items()}
+    return [
+        replace(run, settings=replace(run.settings, training=replace(run.settings.training, learning_rate=rate)))
+        for run in suite.runs
+        if (rate := chosen[run.method]) is not None
+    ]
+
+
+def choice(trials: Sequence[Run]) -> float | None:
+    """Return the learning rate with the best validation average; None if a trial is not over, or all diverged."""
+    if not all(trial.finished or trial.diverged for trial in trials):
+        return None
+    scores = {trial.settings.training.learning_rate: trial.validation() for trial in trials if trial.finished}
+    return max(scores, key=scores.__getitem__) if scores else None
 
 
 def check_same(all_runs: Sequence[Run]) -> None:
@@ -163,8 +267,9 @@ class Process:
 
     @property
     def well(self) -> bool:
-        """Whether it ended as it should."""
-        return self.popen.returncode == 0 and self.run.finished
+        """Whether it ended as it should; of a learning rate to try, diverging is an answer too."""
+        tried = self.run.diverged and not self.run.settings.training.test
+        return (self.popen.returncode == 0 and self.run.finished) or tried
 
 
 def start(run: Run, threads: int, lock: int) -> Process:
@@ -210,7 +315,7 @@ def train_all(todo: Sequence[Run], known: Sequence[Run], jobs: int, lock: int) -
                 running.append(start(queue.pop(0), threads, lock))
             for process in [p for p in running if p.popen.poll() is not None]:
                 running.remove(process)
-                done += [process.run] * process.well
+                done += [process.run] * (process.well and process.run.finished)
                 failed += not process.well
                 left = seconds_left([*(p.run for p in running), *queue], done) / jobs
                 count = f"{len(done)} of {len(known) + len(todo)}, {duration(time.monotonic() - began)} so far"
@@ -269,9 +374,10 @@ def seconds_left(todo: Sequence[Run], done: Sequence[Run]) -> float:
 def say(process: Process, count: str) -> None:
     """Write the line of a run that ended."""
     run, spent = process.run, duration(time.monotonic() - process.began)
-    if process.well:
-        average = run.results()["averages"]["mean_of_first_metrics"]["validation"]
-        what = f"done in {spent}, validation {average:.4f}"
+    if process.well and not run.finished:
+        what = f"diverged in {spent}"
+    elif process.well:
+        what = f"done in {spent}, validation {run.validation():.4f}"
     else:
         last = run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         what = f"ended with code {process.popen.returncode} after {spent}, see {run.log}: {''.join(last)}"
@@ -304,16 +410,34 @@ def collect(all_runs: Sequence[Run], out: Path) -> None:
         shutil.copyfile(run.folder / "metrics.jsonl", folder / "metrics.jsonl")
 
 
-def table(all_runs: Sequence[Run], out: Path) -> str:
+def write_tuning(suite: Suite, out: Path) -> None:
+    """Write what each learning rate reached on the validation splits, and which were chosen."""
+    found = {}
+    for name, trials in suite.trials.items():
+        scores = {f"{t.settings.training.learning_rate:g}": t.validation() if t.finished else None for t in trials}
+        by_task = {
+            f"{t.settings.training.learning_rate:g}": {
+                task["name"]: task["metrics"]["validation"][task["score_metric"]] for task in t.results()["tasks"]
+            }
+            for t in trials
+            if t.finished
+        }
+        state = {t.name: "done" if t.finished else "diverged" if t.diverged else "not trained" for t in trials}
+        found[name] = {"chosen": choice(trials), "validation": scores, "tasks": by_task, "trials": state}
+    seed = next(iter(suite.trials.values()))[0].settings.training.seed
+    write_json(out / "tuning.json", {"seed": seed, "average": AVERAGE, "methods": found})
+
+
+def table(suite: Suite, out: Path) -> str:
     """Return the table of what was collected, its rows in the suite's order.
 
     Raises:
         InputError: Nothing was, or its files can't be compared.
     """
-    folders = [out / run.name for run in all_runs if (out / run.name / "results.json").is_file()]
+    folders = [out / run.name for run in suite.runs if (out / run.name / "results.json").is_file()]
     if not folders:
         raise InputError(f"{out}: none of the suite's runs is finished; train them without --collect")
-    columns, notes = compare.compare(folders, metrics="first")
+    columns, notes = compare.compare(folders, split=suite.split, metrics="first")
     return compare.FORMATS["markdown"](columns, notes)
 
 
@@ -325,6 +449,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-root", type=Path, help="folder of the data; by default that of CONFIG.yaml")
     parser.add_argument("--work", type=Path, help="folder of the runs; by default runs/NAME of the YAML file")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores; default: 1")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="train these of the suite's methods only")
+    parser.add_argument("--tune-only", action="store_true", help="stop when the learning rates are chosen")
     parser.add_argument("--collect", action="store_true", help="train nothing, gather what is finished")
     options = parser.parse_args(arguments)
     try:
@@ -344,20 +470,50 @@ def reproduce(options: argparse.Namespace) -> int:
     if options.data_root is not None and not options.data_root.is_dir():
         raise InputError(f"--data-root {options.data_root}: no such folder")
     work = options.work or Path("runs", options.config.stem)
-    found = read_suite(options.config, work, options.data_root)
+    suite = read_suite(options.config, work, options.data_root).of(options.methods)
+    trials = [trial for each in suite.trials.values() for trial in each]
+    if options.tune_only and not trials:
+        raise InputError(f"{options.config} has no section `tune`, so there is nothing that --tune-only could train")
     failed = 0
     if options.collect:
-        check_same(found)
+        check_same([*trials, *tuned(suite)])
     else:
         with locked(work) as lock:
-            check_same(found)
-            todo, known = [r for r in found if not r.finished], [r for r in found if r.finished]
-            print(f"{len(todo)} of {len(found)} runs to train in {work}, {options.jobs} at a time", flush=True)
-            failed = train_all(todo, known, options.jobs, lock)
-    collect(found, options.out)
-    write_text(options.out / "table.md", table(found, options.out))
-    print(f"{sum(run.finished for run in found)} of {len(found)} runs are in {options.out / 'table.md'}")
+            failed = train_missing(trials, "trials of learning rates", options.jobs, lock)
+            if not options.tune_only:
+                failed += train_missing(tuned(suite), "runs", options.jobs, lock)
+    gather(read_suite(options.config, work, options.data_root), options.out)
     return 1 if failed else 0
+
+
+def gather(suite: Suite, out: Path) -> None:
+    """Write OUT.
+
+    Raises:
+        InputError: Nothing is finished.
+    """
+    if suite.trials:
+        out.mkdir(parents=True, exist_ok=True)
+        write_tuning(suite, out)
+    ready = tuned(suite)
+    collect(ready, out)
+    finished = sum(run.finished for run in ready)
+    if finished or not suite.trials:
+        write_text(out / "table.md", table(suite, out))
+    print(f"{finished} of {len(suite.runs)} runs are in {out / 'table.md'}")
+
+
+def train_missing(all_runs: Sequence[Run], what: str, jobs: int, lock: int) -> int:
+    """Train what is not over; return how many failed."""
+    if not all_runs:
+        return 0
+    check_same(all_runs)
+    over = [run for run in all_runs if run.finished or (run.diverged and not run.settings.training.test)]
+    todo = [run for run in all_runs if run not in over]
+    print(
+        f"{len(todo)} of {len(all_runs)} {what} to train in {all_runs[0].folder.parent}, {jobs} at a time", flush=True
+    )
+    return train_all(todo, [run for run in over if run.finished], jobs, lock)
 
 
 if __name__ == "__main__":

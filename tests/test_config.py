@@ -137,6 +137,7 @@ def test_check_adapter_takes_anything_with_the_fields():
         r, alpha, dropout, embedding_dim, bottleneck_dim = 8, 16, 0.0, 8, 16
         sample_dim = num_positions = None
         conditioning, scale_init = "task", "one"
+        use_rslora = scale_gate = shared_scale_map = mask_padding = True
 
     check_adapter(Settings())
     Settings.r = -3

@@ -31,7 +31,7 @@ ALLOWED = {
     "sampling": set(),
     "metrics": {"tasks"},
     "tasks": {"atomic"},
-    "methods": {"config", "model", "settings"},
+    "methods": {"config", "layer", "model", "settings"},
     "settings": {"config", "methods", "sampling"},
     "heads": {"hypernetwork", "methods", "tasks"},
     "tokens": {"atomic"},
@@ -49,6 +49,7 @@ ALLOWED = {
     "compare": {"charts", "runs", "settings"},
     "charts": set(),
     "gradients": set(),
+    "rates": set(),
     "analysis": {
         "atomic", "charts", "compare", "config", "data", "gradients", "layer", "runs", "scoring", "tasks"
     },
@@ -61,7 +62,7 @@ ALLOWED = {
     },
     "training": {
         "analysis", "atomic", "card", "data", "gradients", "heads", "lock", "methods", "metrics", "processes",
-        "quantise", "recovery", "report", "runs", "sampling", "scoring", "settings", "tasks"
+        "quantise", "rates", "recovery", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
     "auto": {"data", "hypernetwork", "runs", "scoring", "tasks", "text"},
     "importing": {"config"},
@@ -77,8 +78,8 @@ ALLOWED = {
         "scoring", "settings", "tasks", "text", "training",
     },
     "cli": {
-        "analysis", "auto", "bench", "compare", "doctor", "export", "grow", "hub", "metrics", "processes", "progress",
-        "report", "runs", "scoring", "serving", "settings", "tasks", "training",
+        "analysis", "auto", "bench", "card", "compare", "doctor", "export", "grow", "hub", "metrics", "processes",
+        "progress", "report", "runs", "scoring", "serving", "settings", "tasks", "training",
     },
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}

@@ -45,6 +45,9 @@ line = json.dumps([run.name, resumed, os.environ["OMP_NUM_THREADS"]])
 if (here / f"fail-{{run.name}}").exists():
     sys.stderr.write("error: it did not fit\\n")
     raise SystemExit(2)
+if (here / f"diverge-{{run.name}}").exists():
+    (run / "not-finite.json").write_text("[]")
+    raise SystemExit(2)
 def stop(*_):
     (here / "stopped").open("a").write(run.name + "\\n")
     raise SystemExit(130)
@@ -56,16 +59,24 @@ time.sleep(0.05)
 results = json.loads(Path({template!r}, "results.json").read_text())
 results |= {{"name": run.name, "label": run.name[:-6], "seed": settings["training"]["seed"]}}
 results |= {{"backbone": settings["backbone"]}}
+if not settings["training"]["test"]:
+    best = json.loads((here / "best").read_text())[settings["method"]]
+    reached = 1 - abs(settings["training"]["learning_rate"] - best)
+    results["averages"] = {{name: {{"validation": reached}} for name in results["averages"]}}
+    for task in results["tasks"]:
+        del task["metrics"]["test"]
 (run / "results.json").write_text(json.dumps(results))
 (here / "calls").open("a").write(json.dumps([run.name, "end", ""]) + "\\n")
 """
 
 
-def write_suite(path, methods=METHODS, seeds=(0, 1), **changes):
+def write_suite(path, methods=METHODS, seeds=(0, 1), tune=None, **changes):
     """Write a suite on the tiny backbone and its tasks."""
     shared = tiny.spelled(**changes)
     del shared["output"], shared["data"]["root"]
     suite = {"settings": shared, "seeds": list(seeds), "methods": methods}
+    if tune is not None:
+        suite["tune"] = tune
     path.write_text(yaml.safe_dump(suite, sort_keys=False), encoding="utf-8")
     return path
 
@@ -172,7 +183,9 @@ def test_what_is_finished_is_not_touched(call, program, tmp_path):
 
 
 def test_time_left_is_what_methods_took(tmp_path):
-    found = reproduce.read_suite(write_suite(tmp_path / "suite.yaml", seeds=(0, 1, 2)), tmp_path / "work", tiny.data())
+    found = reproduce.read_suite(
+        write_suite(tmp_path / "suite.yaml", seeds=(0, 1, 2)), tmp_path / "work", tiny.data()
+    ).runs
     for run, seconds in zip(found[:2], (10.0, 100.0), strict=True):
         run.folder.mkdir(parents=True)
         time_taken = {"time": {"train_seconds": seconds, "evaluation_seconds": 1.0}}
@@ -233,6 +246,150 @@ def test_one_driver_at_a_time(call, program, tmp_path):
         child.wait()
     assert not (program / "calls").exists()
     call()
+
+
+# --- learning rates ------------------------------------------------------------------------------------------------
+
+TUNE = {"seed": 7, "learning_rates": [0.25, 0.5, 0.75], "of": {"heads": [1.25, 1.5, 1.75]}}
+TRIALS = [f"heads-rate{rate}" for rate in TUNE["of"]["heads"]] + [f"uno-rate{rate}" for rate in TUNE["learning_rates"]]
+FINAL = [f"{method}-seed{seed}" for seed in (0, 1) for method in METHODS]
+
+
+@pytest.fixture
+def tuned(suite, program):
+    """A suite that chooses learning rates, in which the best ones are known; gives the folder of the files."""
+    write_suite(suite, tune=TUNE)
+    (program / "best").write_text(json.dumps({"heads-only": 1.6, "unolora": 0.3}))
+    return program
+
+
+def begun(program):
+    """The runs that were started, in that order; forgets them."""
+    found = [name for name, kind, _ in calls(program) if kind != "end"]
+    (program / "calls").unlink()
+    return found
+
+
+def rate(folder):
+    return yaml.safe_load((folder / "config.yaml").read_text())["training"]["learning_rate"]
+
+
+def test_the_rate_with_the_best_validation_average_is_chosen(call, tuned, tmp_path):
+    text = call().out
+    assert begun(tuned) == TRIALS + FINAL
+    assert f"6 of 6 trials of learning rates to train in {tmp_path}/work, 1 at a time" in text
+    assert f"4 of 4 runs are in {tmp_path}/out/table.md" in text
+    work, out = tmp_path / "work", tmp_path / "out"
+    for trial in TRIALS:
+        config = yaml.safe_load((work / trial / "config.yaml").read_text())["training"]
+        assert (config["test"], config["seed"]) == (False, 7), trial
+        assert config["learning_rate"] == float(trial.partition("rate")[2])
+        assert not (out / trial).exists()
+    for name in FINAL:
+        assert rate(work / name) == rate(out / name) == {"heads": 1.5, "uno": 0.25}[name[: name.index("-")]]
+        assert yaml.safe_load((out / name / "config.yaml").read_text())["training"]["test"] is True
+    tuning = json.loads((out / "tuning.json").read_text())
+    assert (tuning["seed"], tuning["methods"]["heads"]["chosen"]) == (7, 1.5)
+    assert tuning["methods"]["uno"]["chosen"] == 0.25
+    assert tuning["methods"]["uno"]["validation"] == pytest.approx({"0.25": 0.95, "0.5": 0.8, "0.75": 0.55})
+    assert set(tuning["methods"]["uno"]["trials"].values()) == {"done"}
+    assert set(tuning["methods"]["uno"]["tasks"]["0.5"]) == set(tiny.NAMES)
+
+
+def test_tuning_goes_on_where_it_stopped(call, tuned, tmp_path):
+    (tuned / "fail-uno-rate0.5").touch()
+    text = call(code=1).out
+    assert begun(tuned) == [*TRIALS, "heads-seed0", "heads-seed1"]
+    assert "2 of 4 runs are in" in text
+    tuning = json.loads((tmp_path / "out" / "tuning.json").read_text())["methods"]["uno"]
+    assert (tuning["chosen"], tuning["trials"]["uno-rate0.5"]) == (None, "not trained")
+    (tuned / "fail-uno-rate0.5").unlink()
+    shutil.rmtree(tmp_path / "work" / "heads-seed1")
+    call()
+    assert begun(tuned) == ["uno-rate0.5", "uno-seed0", "heads-seed1", "uno-seed1"]
+    call()
+    assert not (tuned / "calls").exists()
+
+
+def test_a_rate_that_diverges_is_a_trial_too(call, tuned, tmp_path):
+    (tuned / "diverge-uno-rate0.25").touch()
+    assert "uno-rate0.25: diverged in 0 min" in call().out
+    assert begun(tuned) == TRIALS + FINAL
+    tuning = json.loads((tmp_path / "out" / "tuning.json").read_text())["methods"]["uno"]
+    assert (tuning["chosen"], tuning["validation"]["0.25"]) == (0.5, None)
+    assert tuning["trials"]["uno-rate0.25"] == "diverged"
+    call()
+    assert not (tuned / "calls").exists()
+
+
+def test_a_part_of_a_suite(call, tuned, tmp_path):
+    text = call("--methods", "uno", "--tune-only").out
+    assert begun(tuned) == TRIALS[3:]
+    assert "0 of 4 runs are in" in text
+    assert not (tmp_path / "out" / "table.md").exists()
+    call("--methods", "uno")
+    assert begun(tuned) == ["uno-seed0", "uno-seed1"]
+    call()
+    assert begun(tuned) == [*TRIALS[:3], "heads-seed0", "heads-seed1"]
+    assert "unknown method of the suite 'un'; did you mean 'uno'" in call("--methods", "un", code=2).err
+
+
+def test_tuning_needs_a_section(call, suite, program):
+    assert f"{suite} has no section `tune`" in call("--tune-only", code=2).err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (3, "`tune` must be a mapping of seed, learning_rates, of, got 3"),
+        ({"learning_rate": [1]}, "unknown key of `tune` 'learning_rate'; did you mean 'learning_rates'"),
+        ({"of": {"un": [1]}}, "unknown method in `tune` 'un'; did you mean 'uno'"),
+        ({"seed": 1}, "`tune` needs a list of different learning rates for 'heads', got None"),
+        ({"learning_rates": [0.1, 0.1]}, "`tune` needs a list of different learning rates for 'heads', got [0.1, 0.1]"),
+        ({"learning_rates": ["x"]}, "a learning rate of 'heads' must be a number, got 'x'"),
+        ({"learning_rates": [-1.0]}, "method 'heads': `training.learning_rate` must be a number above 0, got -1.0"),
+        (
+            {"learning_rates": [0.1, 0.2], "of": {"uno": [0.1]}},
+            "`tune` tries 2 learning rates of 'heads' and 1 of 'uno'; give every method as many",
+        ),
+    ],
+)
+def test_bad_tuning(call, suite, program, tmp_path, change, message):
+    found = yaml.safe_load(suite.read_text())
+    suite.write_text(yaml.safe_dump({**found, "tune": change}))
+    err = call(code=2).err
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_suite_about_validation(tmp_path):
+    suite = reproduce.read_suite(
+        write_suite(tmp_path / "suite.yaml", training={"test": False}), tmp_path / "work", tiny.data()
+    )
+    assert suite.split == "validation"
+    assert reproduce.read_suite(write_suite(tmp_path / "suite.yaml"), tmp_path / "work", tiny.data()).split == "test"
+
+
+@pytest.mark.slow
+def test_rates_are_chosen_by_the_real_program(tmp_path):
+    methods = {"uno": {"method": "unolora"}}
+    tune = {"learning_rates": [1e-6, 1e-2]}
+    steps = {"steps": 30, "evaluate_every": 30, "checkpoint_every": 30}
+    suite = write_suite(tmp_path / "suite.yaml", methods, (3,), tune, training={**steps, "test": True})
+    places = [suite, tmp_path / "out", "--work", tmp_path / "work", "--data-root", tiny.data(), "--jobs", "2"]
+    assert reproduce.main([str(place) for place in places]) == 0
+    tuning = json.loads((tmp_path / "out" / "tuning.json").read_text())["methods"]["uno"]
+    assert tuning["validation"]["0.01"] > tuning["validation"]["1e-06"]
+    assert tuning["chosen"] == rate(tmp_path / "out" / "uno-seed3") == 0.01
+    assert (
+        "test"
+        not in json.loads((tmp_path / "work" / "uno-rate0.01" / "results.json").read_text())["averages"][
+            "mean_of_first_metrics"
+        ]
+    )
+    assert not (tmp_path / "work" / "uno-rate0.01" / "predictions.json").exists()
+    assert (tmp_path / "work" / "uno-seed3" / "predictions.json").exists()
 
 
 # --- what is kept --------------------------------------------------------------------------------------------------
@@ -326,7 +483,7 @@ def test_bad_suites(call, suite, program, tmp_path, change, message):
 
 def test_a_method_without_settings_of_its_own(tmp_path):
     path = write_suite(tmp_path / "suite.yaml", methods={"plain": None}, seeds=(3,))
-    (run,) = reproduce.read_suite(path, tmp_path / "work")
+    (run,) = reproduce.read_suite(path, tmp_path / "work").runs
     assert (run.name, run.settings.method, run.settings.data.root) == ("plain-seed3", "unolora", str(tmp_path))
 
 
@@ -351,7 +508,8 @@ SUITES = [path for path in (ROOT / "configs").glob("*.yaml") if "methods" in yam
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_the_suites_that_come_along(path, tmp_path):
-    found = reproduce.read_suite(path, tmp_path)
+    suite = reproduce.read_suite(path, tmp_path)
+    found = [*suite.runs, *(trial for trials in suite.trials.values() for trial in trials)]
     assert len({run.name for run in found}) == len(found) > 1
 
 
@@ -388,7 +546,7 @@ def test_a_stopped_suite_ends_as_if_it_had_not_stopped(tmp_path):
     assert len(finished) == 2 - len(steps)
 
     assert reproduce.main([str(place) for place in places]) == 0
-    for run in reproduce.read_suite(suite, work, tiny.data()):
+    for run in reproduce.read_suite(suite, work, tiny.data()).runs:
         own = runs.read_settings(run.folder)
         whole = training.train(dataclasses.replace(own, output=str(tmp_path / "whole" / run.name)))
         assert tiny.parts(run.folder) == tiny.parts(whole)

@@ -18,6 +18,7 @@ def model_card(settings: Settings, tasks: Sequence[Task], results: Mapping[str, 
         results: What results.json holds.
     """
     unolora = results["method"] == "unolora"
+    split = scored_on(results)
     heads = "; `heads.safetensors` holds the heads" if results["parameters"]["heads"] else ""
     usage = _USAGE.format(first=tasks[0].name) if unolora else "`unolora.runs.load_run(FOLDER)` reads it.\n"
     return (
@@ -26,8 +27,8 @@ def model_card(settings: Settings, tasks: Sequence[Task], results: Mapping[str, 
         f"{results['parameters']['heads']:,} in heads. Trained for {results['steps']} steps of {results['batch_size']} "
         f"rows with seed {results['seed']}; the weights are those of step {results['best_step']}, which have the best "
         f"average on the validation splits.\n\n## Scores\n\n{_scores(results)}\n"
-        f"A constant is the most frequent label, or the mean. The mean of first metrics on the test splits is "
-        f"{results['averages']['mean_of_first_metrics']['test']:.4f}.\n\n"
+        f"A constant is the most frequent label, or the mean. The mean of first metrics on the {split} splits is "
+        f"{results['averages']['mean_of_first_metrics'][split]:.4f}.\n\n"
         f"## Tasks and data\n\n{_tasks(tasks, results)}\n"
         f"`tasks.json` says all of it{heads}.\n\n## Use\n\n{usage}\n"
         f"## Limits\n\n{_limits(settings, results)}"
@@ -47,13 +48,22 @@ states = model(**batch, tasks="{first}")
 """
 
 
+def scored_on(results: Mapping[str, Any]) -> str:
+    """Return the split that a run's scores are told of: test, or validation where the test split was left alone."""
+    return "test" if "test" in results["averages"]["mean_of_first_metrics"] else "validation"
+
+
 def _scores(results: Mapping[str, Any]) -> str:
-    lines = ["| task | metric | validation | test | a constant, test |", "|---|---|---|---|---|"]
+    split = scored_on(results)
+    splits = list(dict.fromkeys(("validation", split)))
+    lines = [
+        f"| task | metric | {' | '.join(splits)} | a constant, {split} |",
+        "|---|---|" + "---|" * len(splits) + "---|",
+    ]
     for task in results["tasks"]:
-        for metric, value in task["metrics"]["test"].items():
-            constant = task["baseline"]["metrics"]["test"][metric]
-            validation = task["metrics"]["validation"][metric]
-            lines.append(f"| {task['name']} | {metric} | {validation:.4f} | {value:.4f} | {constant:.4f} |")
+        for metric, constant in task["baseline"]["metrics"][split].items():
+            values = [task["metrics"][name][metric] for name in splits]
+            lines.append(f"| {task['name']} | {metric} | " + " | ".join(f"{v:.4f}" for v in (*values, constant)) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -71,10 +81,11 @@ def _tasks(tasks: Sequence[Task], results: Mapping[str, Any]) -> str:
 
 
 def _limits(settings: Settings, results: Mapping[str, Any]) -> str:
+    split = scored_on(results)
     below = [
         task["name"]
         for task in results["tasks"]
-        if task["metrics"]["test"][task["score_metric"]] <= task["baseline"]["metrics"]["test"][task["score_metric"]]
+        if task["metrics"][split][task["score_metric"]] <= task["baseline"]["metrics"][split][task["score_metric"]]
     ]
     lines = [
         "- One seed: another may differ by more than two methods do.",
@@ -82,5 +93,5 @@ def _limits(settings: Settings, results: Mapping[str, Any]) -> str:
         "- The scores hold for rows like those of the data named above; nothing else was measured.",
     ]
     if below:
-        lines.append(f"- No better than a constant on the test split: {', '.join(below)}.")
+        lines.append(f"- No better than a constant on the {split} split: {', '.join(below)}.")
     return "\n".join(lines) + "\n"

@@ -472,13 +472,22 @@ def _train_settings(arguments: list[str]) -> tuple[run_settings.Settings, Path |
     )
     parser.add_argument("--config", action=ActionConfigFile, help="the YAML file; CONFIG.yaml alone does the same")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
+    parser.add_argument(
+        "--preset", metavar="NAME", help=f"start from these settings: {', '.join(run_settings.PRESETS)}"
+    )
     parser.add_class_arguments(run_settings.Settings)
     if arguments and not arguments[0].startswith("-"):
         arguments[:1] = ["--config", arguments[0]]
-    root, name = None, "run"
+    root, name, start = None, "run", _flags(arguments, "--preset")
     for path in _config_files(arguments):
-        run_settings.check_keys(runs.read_yaml(path))  # with near misses, which the parser does not have
+        given = runs.read_yaml(path)
+        run_settings.check_keys(given)  # with near misses, which the parser does not have
+        start = start or [given[key] for key in ("preset",) if key in given]
         root, name = path.parent, path.resolve().parent.name if path.stem == "config" else path.stem
+    if start:  # as defaults, so that the file and the flags win
+        below = run_settings.preset(start[-1])
+        parser.set_defaults({f"{k}.{n}": v for k in run_settings.SECTIONS for n, v in below.get(k, {}).items()})
+        parser.set_defaults({k: v for k, v in below.items() if k not in run_settings.SECTIONS})
     try:
         found = parser.parse_args(arguments).as_dict()
     except (ArgumentError, TypeError) as error:
@@ -491,15 +500,21 @@ def _train_settings(arguments: list[str]) -> tuple[run_settings.Settings, Path |
         settings.output = resume
         return settings, None, True
     found.pop("config")
+    found.pop("preset")
     settings = run_settings.from_dict(found)
     settings.output = settings.output or str(Path("runs", name))
     return settings, root, False
 
 
 def _config_files(arguments: Sequence[str]) -> list[Path]:
-    after = [value for flag, value in itertools.pairwise(arguments) if flag == "--config"]
-    joined = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
-    return [Path(name) for name in after + joined]
+    return [Path(name) for name in _flags(arguments, "--config")]
+
+
+def _flags(arguments: Sequence[str], name: str) -> list[str]:
+    """Return the values that a flag has in the arguments."""
+    after = [value for flag, value in itertools.pairwise(arguments) if flag == name]
+    joined = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{name}=")]
+    return after + joined
 
 
 def _one_line(error: Exception, known: Sequence[str]) -> str:
@@ -538,13 +553,16 @@ def _lines(path: Path | None) -> list[str]:
 
 
 def _scores(results: Sequence[dict[str, Any]]) -> Table:
-    table = Table("test split", "score", "constant", *(found["label"] for found in results))
+    from unolora.card import scored_on
+
+    split = scored_on(results[0])
+    table = Table(f"{split} split", "score", "constant", *(found["label"] for found in results))
     for place, task in enumerate(results[0]["tasks"]):
         metric = task["score_metric"]
         values = [task["baseline"]["metrics"], *(found["tasks"][place]["metrics"] for found in results)]
-        table.add_row(task["name"], metric, *(f"{value['test'][metric]:.3f}" for value in values))
+        table.add_row(task["name"], metric, *(f"{value[split][metric]:.3f}" for value in values))
     table.add_section()
-    averages = [f"{found['averages']['mean_of_first_metrics']['test']:.3f}" for found in results]
+    averages = [f"{found['averages']['mean_of_first_metrics'][split]:.3f}" for found in results]
     table.add_row("mean of first metrics", "", "", *averages)
     return table
 

@@ -171,11 +171,13 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 def _run(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Take what is compared out of results.json."""
+    tested = any("test" in average for average in document["averages"].values())
+    splits = SPLITS if tested else ("validation",)
     tasks = {
         str(task["name"]): {
             "score_metric": str(task["score_metric"]),
             "rows": {split: int(task["rows"][split]) for split in ("train", "validation", "test")},
-            "metrics": {split: {k: _number(v) for k, v in task["metrics"][split].items()} for split in SPLITS},
+            "metrics": {split: {k: _number(v) for k, v in task["metrics"][split].items()} for split in splits},
         }
         for task in document["tasks"]
     }
@@ -190,7 +192,7 @@ def _run(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "steps": int(document["steps"]),
         "batch_size": int(document["batch_size"]),
         "tasks": tasks,
-        "averages": {k: {s: _number(v[s]) for s in SPLITS} for k, v in document["averages"].items()},
+        "averages": {k: {s: _number(v[s]) for s in splits} for k, v in document["averages"].items()},
         "trained_percent": _number(document["parameters"]["trainable_percent"]),
         "per_task_percent": _number(document["parameters"]["per_task_percent"]),
         "file_bytes": _number(document["parameters"]["file_bytes"]),
@@ -277,6 +279,11 @@ def _row(group: Sequence[Mapping[str, Any]], split: str, average: str) -> dict[s
                 f"{run['folder']}: its results have no {average}, only {', '.join(run['averages']) or 'none'}; choose "
                 "another --average, or train the run again"
             )
+        if split not in run["averages"][average]:
+            raise InputError(
+                f"{run['folder']}: no scores on the {split} split, which `training.test: false` left alone; compare on "
+                "the validation split"
+            )
     seeds = sorted(by_seed)
     ordered, first = [by_seed[seed] for seed in seeds], by_seed[seeds[0]]
     return {
@@ -337,7 +344,7 @@ def protocol(run: Mapping[str, Any]) -> dict[str, str]:
     found = {"backbone": run["backbone"], "steps": str(run["steps"]), "batch size": str(run["batch_size"])}
     for name, task in sorted(run["tasks"].items()):
         rows = "/".join(str(task["rows"][split]) for split in ("train", "validation", "test"))
-        found[f"task {name}"] = f"{' and '.join(task['metrics']['test'])} on {rows} rows"
+        found[f"task {name}"] = f"{' and '.join(task['metrics']['validation'])} on {rows} rows"
     return found
 
 
@@ -382,7 +389,7 @@ def columns(
         f"{name} {metric}": None
         for row in ours
         for name, task in row["first"]["tasks"].items()
-        for metric in (task["metrics"]["test"] if metrics == "all" else [task["score_metric"]])
+        for metric in (task["metrics"]["validation"] if metrics == "all" else [task["score_metric"]])
     }
     odd = differences([row["first"] for row in ours])
 

@@ -30,6 +30,8 @@ class UnoLoraConfig(PeftConfig):
         tasks: Names of the tasks; task t owns row t of the task embedding. May be empty when `conditioning` is "none".
         r: Rank of the shared pair A [r, d_in], B [d_out, r].
         alpha: The update is multiplied by alpha / r.
+        use_rslora: Multiply by alpha / sqrt(r) instead, so that a larger rank does not mean smaller steps
+            (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA").
         dropout: Dropout on the input of A, during training.
         target_modules: Names (suffixes) or a regular expression of the projections to adapt, or "all-linear". By
             default the query and value projections of the backbone's family.
@@ -44,6 +46,10 @@ class UnoLoraConfig(PeftConfig):
             a number given here is checked against it.
         scale_init: "one": s = 1 + S(e_t), which starts around 1 and differs between tasks. "paper": s = S(e_t), which
             starts near zero.
+        scale_gate: Bound the scale: s = 1 + tanh(S(e_t)), or tanh(S(e_t)) with `scale_init="paper"`.
+        shared_scale_map: One map S for all projections, told apart by their positions alone, instead of one for each.
+        mask_padding: Whether the sample encoding leaves out padding. Without, as in the paper's code, a sample's scale
+            depends on how far its batch was padded.
         num_positions: Rows of the position embedding. By default one for each adapted projection; fewer rows are shared
             modulo their number, as the paper's code does with 48 rows for T5-base's 72 projections.
 
@@ -54,6 +60,7 @@ class UnoLoraConfig(PeftConfig):
     tasks: list[str] = field(default_factory=list)
     r: int = 8
     alpha: float = 16
+    use_rslora: bool = False
     dropout: float = 0.0
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -64,6 +71,9 @@ class UnoLoraConfig(PeftConfig):
     bottleneck_dim: int = 16
     sample_dim: int | None = None
     scale_init: ScaleInit = "one"
+    scale_gate: bool = False
+    shared_scale_map: bool = False
+    mask_padding: bool = True
     num_positions: int | None = None
 
     def __post_init__(self) -> None:
@@ -126,6 +136,9 @@ def check_adapter(settings: Any) -> None:
         raise InputError(f"`alpha` must be a positive number, got {settings.alpha!r}")
     if not isinstance(settings.dropout, int | float) or not 0 <= settings.dropout < 1:
         raise InputError(f"`dropout` must be at least 0 and below 1, got {settings.dropout!r}")
+    for name in ("use_rslora", "scale_gate", "shared_scale_map", "mask_padding"):
+        if not isinstance(getattr(settings, name), bool):
+            raise InputError(f"`{name}` must be true or false, got {getattr(settings, name)!r}")
     if settings.conditioning not in get_args(Conditioning):
         raise unknown("conditioning", settings.conditioning, get_args(Conditioning))
     if settings.scale_init not in get_args(ScaleInit):

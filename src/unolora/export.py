@@ -159,6 +159,7 @@ def as_lora(model: Any, scale: Tensor | None, adapter_name: str = ADAPTER) -> tu
         inference_mode=True,
         r=config.r,
         lora_alpha=config.alpha,
+        use_rslora=config.use_rslora,
         target_modules=_targets(tuner.model, list(layers)),
         fan_in_fan_out=any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
     )

@@ -479,6 +479,11 @@ def _results(folder: Path) -> dict[str, Any]:
         found["tasks"] = [entry | {"name": str(entry["name"])} for entry in found["tasks"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected the results of a finished run ({error}); copy it again") from error
+    if any("test" not in entry["metrics"] for entry in found["tasks"]):
+        raise InputError(
+            f"{folder}: it has no test scores, so what a change costs its tasks could not be told; train it again "
+            "without `training.test: false`"
+        )
     return found
 
 

@@ -6,7 +6,8 @@
 
 x_bar is the mean of the input token embeddings. The network is shared by all projections and runs once a batch: the
 last map is batched over positions, so that s comes out as one tensor [B, P, R]. `scale_init="paper"` leaves out the 1;
-with B zero as well, the product then starts at a two-fold zero, which slows the start.
+with B zero as well, the product then starts at a two-fold zero, which slows the start. `gated` bounds the scale,
+s_p = 1 + tanh(S_p e_t); `shared_map` has one S for all projections, which their positions alone then tell apart.
 
 The paper's code averages over padding as well, so that a sample's scale depends on its neighbours in the batch; here
 the attention mask counts. It takes positions modulo 48 while T5-base has 72 projections; here each has its own, unless
@@ -51,6 +52,7 @@ class Hypernetwork(nn.Module):
         embedding_dim: d, width of the embeddings and of e_t (d_e = d_h).
         bottleneck_dim: width of the bottleneck (d_b).
         scale_init: "one" or "paper", see above.
+        gated, shared_map: see above.
         num_positions: rows of the position embedding (p_max); P by default, fewer are shared modulo their number.
     """
 
@@ -64,18 +66,22 @@ class Hypernetwork(nn.Module):
         embedding_dim: int = 8,
         bottleneck_dim: int = 16,
         scale_init: str = "one",
+        gated: bool = False,
+        shared_map: bool = False,
         num_positions: int | None = None,
     ) -> None:
         super().__init__()
         d, P = embedding_dim, num_adapters
         self.num_adapters, self.num_positions = P, num_positions or P
         self.start = 1.0 if scale_init == "one" else 0.0
+        self.gated = gated
         self.task_embedding = nn.Embedding(num_tasks, d)
         self.position_embedding = nn.Embedding(self.num_positions, d)
         self.bottleneck = None if sample_dim is None else _mlp(sample_dim, bottleneck_dim, bottleneck_dim, d)
         self.combine = _mlp(2 * d if sample_dim is None else 3 * d, 2 * d, 2 * d, 2 * d, d)
-        self.scale_weight = nn.Parameter(torch.empty(P, r, d))  # S_p, one map for each projection
-        self.scale_bias = nn.Parameter(torch.zeros(P, r))
+        maps = 1 if shared_map else P
+        self.scale_weight = nn.Parameter(torch.empty(maps, r, d))  # S_p, one map for each projection
+        self.scale_bias = nn.Parameter(torch.zeros(maps, r))
         if scale_init == "one":
             self._spread()
         else:
@@ -112,8 +118,9 @@ class Hypernetwork(nn.Module):
             b = self.bottleneck(sample.to(self.scale_weight.dtype))  #                [B, d]
             parts.append(b.unsqueeze(1).expand(-1, P, -1))
         e_t = self.combine(torch.cat(parts, dim=-1))  #                               [B, P, d]
-        S = torch.einsum("bpd,prd->bpr", e_t, self.scale_weight) + self.scale_bias  # [B, P, R]
-        return self.start + S
+        maps = self.scale_weight.expand(P, -1, -1)  #                                 [P, R, d]
+        S = torch.einsum("bpd,prd->bpr", e_t, maps) + self.scale_bias  #              [B, P, R]
+        return self.start + (torch.tanh(S) if self.gated else S)
 
 
 def _mlp(*widths: int) -> nn.Sequential:

@@ -77,16 +77,16 @@ class UnoLoraLayer(nn.Module):
         self.uno_A = nn.ParameterDict()
         self.uno_B = nn.ParameterDict()
         self.uno_dropout = nn.ModuleDict()
-        self.scaling: dict[str, float] = {}  # alpha / r
+        self.scaling: dict[str, float] = {}  # alpha / r, or alpha / sqrt(r)
         self.position: dict[str, int] = {}  # p, for the adapters that have a scale
 
-    def add(self, name: str, *, r: int, alpha: float, dropout: float = 0.0) -> None:
+    def add(self, name: str, *, r: int, alpha: float, use_rslora: bool = False, dropout: float = 0.0) -> None:
         """Add the pair of the adapter `name`: A Kaiming-uniform, B zero, so that the output does not change yet."""
         self.uno_A[name] = nn.Parameter(torch.empty(r, self.d_in))
         self.uno_B[name] = nn.Parameter(torch.zeros(self.d_out, r))
         nn.init.kaiming_uniform_(self.uno_A[name], a=math.sqrt(5))
         self.uno_dropout[name] = nn.Dropout(dropout)
-        self.scaling[name] = alpha / r
+        self.scaling[name] = scaling(alpha, r, use_rslora)
 
     def applied(self) -> list[str]:
         """Return the names of the adapters that take part in the forward."""
@@ -136,6 +136,11 @@ class UnoLoraLayer(nn.Module):
             B = B * s.to(B.dtype)
         delta = B @ A * self.scaling[name]
         return delta.T if self.transposed else delta
+
+
+def scaling(alpha: float, r: int, use_rslora: bool) -> float:
+    """Return what an update is multiplied by: alpha / r, or, rank-stabilised, alpha / sqrt(r)."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def _rows(s: Tensor, h: Tensor) -> Tensor:

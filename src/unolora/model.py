@@ -179,6 +179,8 @@ class UnoLoraModel(BaseTuner):
             embedding_dim=config.embedding_dim,
             bottleneck_dim=config.bottleneck_dim,
             scale_init=config.scale_init,
+            gated=config.scale_gate,
+            shared_map=config.shared_scale_map,
             num_positions=config.num_positions,
         )
         hypernetwork.register_buffer("rows", _rows(config.tasks, layers))
@@ -224,7 +226,7 @@ class UnoLoraModel(BaseTuner):
         layer: Any = target
         if not isinstance(target, UnoLoraLinear):
             layer = UnoLoraLinear(target, *_widths(target, current_key))
-        layer.add(adapter_name, r=config.r, alpha=config.alpha, dropout=config.dropout)
+        layer.add(adapter_name, r=config.r, alpha=config.alpha, use_rslora=config.use_rslora, dropout=config.dropout)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         if adapter_name not in self.active_adapters:
             layer.uno_A[adapter_name].requires_grad_(False)
@@ -326,16 +328,18 @@ class UnoLoraModel(BaseTuner):
             sample = None
             if hypernetwork.bottleneck is not None:
                 width = hypernetwork.bottleneck[0].in_features
-                sample = self._sample_encoding(inputs, sample_mask, width).to(device)  # [B, D]
+                masked = self.peft_config[name].mask_padding
+                sample = self._sample_encoding(inputs, sample_mask, width, masked).to(device)  # [B, D]
             autocast = torch.amp.is_autocast_available(device.type)  # not on the meta device
             with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
                 scales[name] = hypernetwork(rows, sample)  #                           [B, P, R]
         self._wrap_checkpointing()
         return scaled_by(scales, self)
 
-    def _sample_encoding(self, inputs: dict[str, Any], sample_mask: Tensor | None, width: int) -> Tensor:
+    def _sample_encoding(self, inputs: dict[str, Any], sample_mask: Tensor | None, width: int, masked: bool) -> Tensor:
         """Average the input embeddings, [B, D]; those that are looked up here get no gradient through the scale."""
         embeddings, mask = self._embedded(inputs, width)  #                            [B, T, D], [B, T]
+        mask = mask if masked else None
         if sample_mask is not None:
             mask = sample_mask
         elif self._decodes_only and inputs.get("labels") is not None:

@@ -6,6 +6,7 @@ Each field's docstring is its `--help`. A value that makes no sense is refused h
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -28,6 +29,8 @@ class Adapter:
     """rank of the shared pair"""
     alpha: float = 16
     """the update is multiplied by alpha / r"""
+    use_rslora: bool = False
+    """multiply it by alpha / sqrt(r) instead"""
     dropout: float = 0.0
     """dropout on the input of A, during training"""
     target_modules: list[str] | str | None = None
@@ -40,6 +43,12 @@ class Adapter:
     """width of the bottleneck on the sample encoding"""
     scale_init: str = "one"
     """one: s = 1 + S(e); paper: s = S(e)"""
+    scale_gate: bool = False
+    """bound the scale: tanh(S(e)) in the place of S(e)"""
+    shared_scale_map: bool = False
+    """one map S for all projections instead of one for each"""
+    mask_padding: bool = True
+    """whether the sample encoding leaves out padding, which the paper's code counts"""
     num_positions: int | None = None
     """rows of the position embedding; by default one for each adapted projection"""
     sample_dim: int | None = None
@@ -126,6 +135,10 @@ class Training:
     """rows of an optimiser step, over all processes and accumulation steps"""
     learning_rate: float = 1e-3
     """peak learning rate of AdamW"""
+    b_rate_ratio: float = 1.0
+    """learning rate of the B's of UnoLoRA and LoRA, in multiples of learning_rate (LoRA+)"""
+    hypernetwork_rate_ratio: float = 1.0
+    """learning rate of UnoLoRA*'s hypernetwork, in multiples of learning_rate"""
     weight_decay: float = 0.01
     """decoupled weight decay, not on biases and norms"""
     warmup_steps: int = 0
@@ -146,12 +159,16 @@ class Training:
     """steps between checkpoints to resume from; by default evaluate_every"""
     keep_checkpoints: int = 2
     """how many of them stay"""
+    average_last: int = 1
+    """in the end, also try the mean of the weights of this many last checkpoints, and keep it if it validates better"""
     seed: int = 0
     """of the weights, the batches and dropout"""
     precision: str = "fp32"
     """fp32, bf16 (autocast), or auto: bf16 where the device has instructions for it"""
     max_skipped: int = 5
     """a step whose loss or gradient is not finite is skipped; training stops after so many in a row"""
+    test: bool = True
+    """score the test split in the end; a run that settings are chosen by leaves it alone"""
     deterministic: bool = False
     """use only operations that give the same bits each time, also on a GPU, where they may be slower"""
     report_to: list[str] = field(default_factory=list)
@@ -160,9 +177,9 @@ class Training:
     def __post_init__(self) -> None:
         _check_types(self)
         names = ("steps", "batch_size", "gradient_accumulation", "evaluate_every", "log_every", "keep_checkpoints")
-        _at_least(self, 1, *names, "checkpoint_every", "max_skipped", "conflict_every")
+        _at_least(self, 1, *names, "checkpoint_every", "max_skipped", "conflict_every", "average_last")
         _at_least(self, 0, "warmup_steps", "seed", "weight_decay")
-        _above_zero(self, "learning_rate", "max_grad_norm")
+        _above_zero(self, "learning_rate", "max_grad_norm", "b_rate_ratio", "hypernetwork_rate_ratio")
         if self.seed >= 2**32:
             raise InputError(f"`training.seed` must be below 2^32, which is all that NumPy takes, got {self.seed}")
         if self.schedule not in SCHEDULES:
@@ -174,6 +191,11 @@ class Training:
             )
         if self.precision not in PRECISIONS:
             raise unknown("training.precision", self.precision, PRECISIONS)
+        if self.average_last > self.keep_checkpoints:
+            raise InputError(
+                f"`training.average_last` {self.average_last} needs as many checkpoints, and "
+                f"`training.keep_checkpoints` keeps {self.keep_checkpoints}; raise it"
+            )
         if self.batch_size % self.gradient_accumulation:
             raise InputError(
                 f"`training.batch_size` {self.batch_size} can't be cut into {self.gradient_accumulation} equal parts; "
@@ -247,6 +269,57 @@ SECTIONS: dict[str, type[Any]] = {
 }
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {  # its Table 2, and its code where that says more
+        "method": "unolora",
+        "adapter": {
+            "r": 8,
+            "alpha": 16,
+            "dropout": 0.1,
+            "conditioning": "task+sample",
+            "embedding_dim": 8,
+            "bottleneck_dim": 16,
+            "num_positions": 48,
+            "scale_init": "paper",
+        },
+        "scoring": "generation",
+        "data": {"max_length": 512},
+        "sampling": {"strategy": "temperature", "temperature": 10, "mixed": False},
+        "training": {
+            "steps": 262_144,
+            "batch_size": 32,
+            "learning_rate": 1e-4,
+            "weight_decay": 0.01,
+            "warmup_steps": 1000,
+            "schedule": "cosine",
+            "evaluate_every": 29_535,
+        },
+    }
+}
+"""What a file or a flag `preset` starts from, in the place of the defaults."""
+
+
+def merged(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with some replaced, section by section."""
+    both = dict(settings)
+    for name, value in own.items():
+        below = both.get(name, {})
+        sections = name in SECTIONS and isinstance(below, dict) and isinstance(value, dict)
+        both[name] = {**below, **value} if sections else value
+    return both
+
+
+def preset(name: Any) -> dict[str, Any]:
+    """Return the settings of a preset.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    return PRESETS[name]
+
+
 def to_dict(settings: Settings) -> dict[str, Any]:
     """Return the settings as plain data, for YAML."""
     return asdict(settings)
@@ -261,12 +334,14 @@ def flat(settings: Settings) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> Settings:
-    """Build settings from plain data.
+    """Build settings from plain data; a `preset` in it stands for its settings, of which those beside it win.
 
     Raises:
         InputError: A key is not known (with the nearest one), a section is not a mapping, or a value makes no sense.
     """
     check_keys(data)
+    if "preset" in data:
+        data = merged(preset(data["preset"]), {name: value for name, value in data.items() if name != "preset"})
     return Settings(**{k: SECTIONS[k](**v) if k in SECTIONS else v for k, v in data.items()})
 
 
@@ -285,7 +360,7 @@ def check_keys(data: dict[str, Any]) -> None:
 def _check(cls: type[Any], data: Any, where: str) -> None:
     if not isinstance(data, dict):
         raise InputError(f"`{where.rstrip('.')}` must be a mapping of names to values, got {data!r}")
-    known = [f"{where}{f.name}" for f in fields(cls)]
+    known = [f"{where}{f.name}" for f in fields(cls)] + ["preset"] * (cls is Settings)
     for key in data:
         if f"{where}{key}" not in known:
             raise unknown("setting", f"{where}{key}", known)

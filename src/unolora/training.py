@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from unolora import gradients, lock, metrics, processes, quantise, recovery, runs, scoring
+from unolora import gradients, lock, metrics, processes, quantise, rates, recovery, runs, scoring
 from unolora.atomic import explained, is_temporary, new_folder, sweep, write_json, write_text
 from unolora.card import model_card
 from unolora.data import Collator, Encoded, TaskRows, TrainingBatches, check_parts
@@ -285,11 +285,14 @@ def _train_method(
     best = fit(trainer, checkpoint)
     if best is None:
         return int(trainer.state.global_step)
-    answers = scoring.answers(model, tasks, splits["test"], collate, settings.scoring)
-    found = {row: values for row, (values, _) in answers.items()}
-    scores = {"validation": best["validation"], "test": scoring.scored(tasks, splits["test"], found)}
-    results = results_of(trainer, method, data, scores, best["step"], scoring.unparsed(tasks, found))
-    predicted, kept = _predictions(data, answers), checkpoints.best(best["step"])
+    scores, predicted, unparsed = {"validation": best["validation"]}, None, dict.fromkeys((t.name for t in tasks), 0)
+    if settings.training.test:
+        answers = scoring.answers(model, tasks, splits["test"], collate, settings.scoring)
+        found = {row: values for row, (values, _) in answers.items()}
+        scores["test"] = scoring.scored(tasks, splits["test"], found)
+        predicted, unparsed = _predictions(data, answers), scoring.unparsed(tasks, found)
+    results = results_of(trainer, method, data, scores, best["step"], unparsed)
+    kept = checkpoints.best(best["step"])
     processes.first(lambda: _finish(model, settings, method, data, kept, checkpoints, results, predicted))
     return None
 
@@ -310,6 +313,7 @@ def fit(trainer: MultiTaskTrainer, checkpoint: str | None = None) -> dict[str, A
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped:
         return None
+    trainer.try_average()
     best = trainer.checkpoints.best(trainer.state.best_global_step)
     processes.first(lambda: recovery.check(best))
     runs.load_state(trainer.model, runs.load_tensors(best / "weights.safetensors"), best)
@@ -337,7 +341,7 @@ def _finish(
     best: Path,
     checkpoints: Checkpoints,
     results: dict[str, Any],
-    predicted: dict[str, Any],
+    predicted: dict[str, Any] | None,
 ) -> None:
     """Write what a method leaves: its adapter, then its results, which say that it is finished."""
     if processes.sharded(model):  # here is only a part of it
@@ -347,7 +351,8 @@ def _finish(
     runs.save_adapter(model, settings, method, [d.task for d in data], adapter)
     write_text(adapter / "README.md", model_card(settings, [d.task for d in data], results))
     results["parameters"]["file_bytes"] = sum(p.stat().st_size for p in adapter.rglob("*") if p.is_file())
-    write_json(checkpoints.run / "predictions.json", predicted)
+    if predicted is not None:
+        write_json(checkpoints.run / "predictions.json", predicted)
     write_json(checkpoints.run / "results.json", results)
     shutil.rmtree(checkpoints.folder)
 
@@ -429,6 +434,15 @@ class MultiTaskTrainer(Trainer):
         self._since_log = torch.zeros_like(self._step[:2])  # the first two since the last line, of this rank
         self.skips = Skips()
         self._pulls: dict[int, Tensor] = {}  # the running step's gradient of each task, where it is to be logged
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make AdamW, with learning rates apart where the settings say so."""
+        new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if new:
+            t = self.settings.training
+            rates.part(optimizer, self.model if model is None else model, t.b_rate_ratio, t.hypernetwork_rate_ratio)
+        return optimizer
 
     # --- a step is a function of (seed, step) ----------------------------------------------------------------------
 
@@ -590,6 +604,22 @@ class MultiTaskTrainer(Trainer):
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
+
+    def try_average(self) -> None:
+        """Score the mean of the last checkpoints' weights, if asked for; it is kept if it is better than the best."""
+        many, before = self.settings.training.average_last, self.state.best_metric
+        if many == 1:
+            return
+        paths = recovery.found(self.folder)[-many:]
+        states = [runs.load_tensors(path / "weights.safetensors") for path in paths]
+        mean = {
+            name: torch.stack([state[name] for state in states]).mean(0) if value.is_floating_point() else value
+            for name, value in states[-1].items()
+        }
+        runs.load_state(self.model, mean, paths[-1])
+        average = self.evaluate()["eval_average"]
+        if before is None or average > before:
+            self.state.best_metric, self.state.best_global_step = average, self.state.global_step
 
     def seen(self) -> dict[str, int]:
         """Return how many rows of each task the steps so far have used."""
@@ -770,7 +800,7 @@ def results_of(
     best_step: int,
     unparsed: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Gather results.json: scores of both splits, what a constant scores, parameters and times."""
+    """Gather results.json: scores of the splits that were scored, what a constant scores, parameters and times."""
     settings, model = trainer.settings, trainer.model
     seen = trainer.seen()
     total = sum(p.numel() for p in model.parameters())
@@ -783,7 +813,7 @@ def results_of(
     for row, d in enumerate(data):
         name = d.task.name
         constant, trivial = None, {}
-        for split in ("validation", "test"):
+        for split in scores:
             targets = d.splits[split].targets
             constant, values = metrics.baseline(d.task, d.splits["train"].targets, len(targets))
             trivial[split] = metrics.score(d.task, targets, values)
@@ -795,7 +825,7 @@ def results_of(
                 "labels": list(d.task.labels),
                 "rows": {split: len(found) for split, found in d.splits.items()},
                 "sampling": {"planned": float(trainer.sampler.probabilities[row]), "seen": seen[name]},
-                "metrics": {split: scores[split][name] for split in ("validation", "test")},
+                "metrics": {split: found[name] for split, found in scores.items()},
                 "baseline": {"name": constant, "metrics": trivial},
                 "unparsed": unparsed[name],  # test predictions that are no answer, and count as wrong
             }
@@ -812,7 +842,7 @@ def results_of(
         "skipped": {"steps": trainer.skips.steps, "tasks": trainer.skips.tasks},
         "batch_size": settings.training.batch_size,
         "tasks": tasks,
-        "averages": {name: {split: values[name] for split, values in means.items()} for name in means["test"]},
+        "averages": {name: {split: values[name] for split, values in means.items()} for name in means["validation"]},
         "parameters": {
             "total": total,
             "trainable": trainable,

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unolora.config import UnoLoraConfig
 from unolora.errors import InputError, unknown
+from unolora.layer import scaling
 from unolora.methods.method import Method, positions
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def lora_config(backbone: nn.Module, adapter: Adapter) -> LoraConfig:
     return LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
+        use_rslora=adapter.use_rslora,
         lora_dropout=adapter.dropout,
         target_modules=targets(backbone, adapter),
         fan_in_fan_out=transposed(backbone),
@@ -69,7 +71,7 @@ def projections(backbone: nn.Module, adapter: Adapter) -> dict[str, tuple[int, i
 
 
 def matched_lora_config(backbone: nn.Module, tasks: Sequence[str], adapter: Adapter) -> LoraConfig:
-    """PEFT's settings with the smallest rank that has at least the parameters of UnoLoRA*, and the same alpha / r."""
+    """PEFT's settings with the smallest rank that has at least the parameters of UnoLoRA*, and the same scaling."""
     config = UnoLoraConfig(tasks=list(tasks), **{**asdict(adapter), "conditioning": "task+sample"})
     with torch.device("meta"):
         star = get_peft_model(on_meta(backbone), config)
@@ -77,7 +79,9 @@ def matched_lora_config(backbone: nn.Module, tasks: Sequence[str], adapter: Adap
     of_a_rank = sum(d_in + d_out for d_in, d_out in projections(backbone, adapter).values())
     matched = lora_config(backbone, adapter)
     matched.r = -(-count // of_a_rank)  # rounded up
-    matched.lora_alpha = adapter.alpha / adapter.r * matched.r
+    matched.lora_alpha = scaling(adapter.alpha, adapter.r, adapter.use_rslora) * (
+        matched.r**0.5 if adapter.use_rslora else matched.r
+    )
     return matched
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from unolora.layer import scaling
 from unolora.methods.baselines import projections
 from unolora.methods.method import Method, adding
 
@@ -64,7 +65,7 @@ class Update(nn.Module):
     def __init__(self, d_in: int, d_out: int, num_tasks: int, settings: Settings) -> None:
         super().__init__()
         r, ups = settings.adapter.r, settings.rivals.mtl_lora_ups
-        self.scaling = settings.adapter.alpha / r
+        self.scaling = scaling(settings.adapter.alpha, r, settings.adapter.use_rslora)
         self.temperature = settings.rivals.mtl_lora_temperature
         self.dropout = nn.Dropout(settings.adapter.dropout)
         self.A = nn.Parameter(torch.empty(r, d_in))

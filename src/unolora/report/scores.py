@@ -247,7 +247,10 @@ def tasks_of(run: Run) -> str:
 def summary(run: Run, rivals: Sequence[Run]) -> str:
     """Say in plain words what came out."""
     if run.average("test") is None and not any(run.score(task, "test") is not None for task in run.tasks):
-        return _so_far(run)
+        if run.best_step is None:
+            return _so_far(run)
+        reached = show(run.average("validation"), "score")
+        return f"{run.label} left the test splits alone; it reaches {reached} on average over the validation splits."
     scored = {method.label: show(method.average("test"), "score") for method in [run.floor, *rivals]}
     share, seconds = run.parameters["trainable_percent"], run.time["train_seconds"]
     where = "on the test split" if len(run.tasks) == 1 else "on average over the test splits"
