@@ -158,14 +158,16 @@ def add_task(arguments: Sequence[str]) -> int:
     parser = _parser("add-task")
     parser.add_argument("--task", required=True, help="YAML file that spells one task, or the name of a built-in one")
     parser.add_argument("--output", type=Path, required=True, help="run folder to write")
-    parser.add_argument("--start", default="nearest", help="nearest (old task), mean or scratch; default: nearest")
+    parser.add_argument("--start", help="nearest (old task), mean or scratch; default: nearest")
     parser.add_argument(
         "--tune",
         default="row",
         help="row (old tasks stay as they are), hypernetwork or all, with replay of the old tasks' rows; default: row",
     )
     parser.add_argument("--examples", type=int, help="learn from this many training rows; default: all")
-    parser.add_argument("--steps", type=int, help="default: those of the run")
+    parser.add_argument(
+        "--steps", type=int, help="default: those of the run; 0 where conditioning text leaves nothing to learn"
+    )
     parser.add_argument("--learning-rate", type=float, help="default: that of the run")
     options = parser.parse_args(arguments)
     _quiet_libraries()
