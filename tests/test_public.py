@@ -64,7 +64,7 @@ ALLOWED = {
         "quantise", "recovery", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
     "auto": {"data", "hypernetwork", "runs", "scoring", "tasks", "text"},
-    "importing": {"config"},
+    "importing": {"atomic", "config", "runs"},
     "static_scale": {"data", "heads", "layer", "methods", "runs", "text"},
     "onnx_graph": {"hypernetwork"},
     "howto": {"runs", "tasks", "text"},
@@ -77,8 +77,8 @@ ALLOWED = {
         "scoring", "settings", "tasks", "text", "training",
     },
     "cli": {
-        "analysis", "auto", "bench", "compare", "doctor", "export", "grow", "hub", "metrics", "processes", "progress",
-        "report", "runs", "scoring", "serving", "settings", "tasks", "training",
+        "analysis", "auto", "bench", "compare", "doctor", "export", "grow", "hub", "importing", "metrics", "processes",
+        "progress", "report", "runs", "scoring", "serving", "settings", "tasks", "training",
     },
 }  # fmt: skip
 RICH = {"cli", "doctor", "progress"}

@@ -226,6 +226,25 @@ def rename_task(arguments: Sequence[str]) -> int:
     return 0
 
 
+def import_(arguments: Sequence[str]) -> int:
+    """Make one adapter of several plain LoRAs; say how much of each is kept."""
+    parser = _Parser("import")
+    parser.add_argument("lora", type=Path, nargs="+", help="folder of a plain PEFT LoRA; one a task, two or more")
+    parser.add_argument("--output", type=Path, required=True, help="adapter folder to write")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="names of the tasks; default: those of the folders")
+    parser.add_argument("--r", type=int, help="rank of the shared pair; default: the largest of theirs")
+    parser.add_argument("--backbone", help="default: the one that the LoRAs name")
+    options = parser.parse_args(arguments)
+    _quiet_libraries()
+    from unolora.importing import import_folder
+
+    kept = import_folder(options.lora, options.output, options.tasks, options.r, options.backbone)
+    for folder, (task, share) in zip(options.lora, kept.items(), strict=True):
+        _write(f"{task}  {folder}  {100 * share:.1f} % kept")
+    _write(f"adapter  {options.output}")
+    return 0
+
+
 def export(arguments: Sequence[str]) -> int:
     """Write tasks of a run for those who don't have `unolora`; say what that costs."""
     parser = _parser("export")
