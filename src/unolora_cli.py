@@ -6,6 +6,7 @@ It is a module beside the package, since importing the package means importing P
 from __future__ import annotations
 
 import difflib
+import keyword
 import logging
 import os
 import sys
@@ -19,6 +20,7 @@ COMMANDS = {
     "add-task": "teach a run one more task; the others stay bit for bit as they are",
     "remove-task": "copy a run without one of its tasks",
     "rename-task": "copy a run with another name for one of its tasks",
+    "import": "make one adapter to start from of several plain PEFT LoRAs, one a task",
     "export": "write tasks of a run as plain PEFT LoRAs, or merged into the backbone",
     "push": "upload a run to the Hugging Face Hub, with a model card",
     "report": "write a run's report.html again, or a page that compares several runs",
@@ -27,7 +29,7 @@ COMMANDS = {
     "bench": "measure this machine's speed and memory ratios; writes benchmarks.md; `bench serve` measures serving",
     "doctor": "say what is installed, what the machine can do, and what is missing",
 }
-"""Command -> what it does; `unolora.cli` has a function of each name, with _ for -."""
+"""Command -> what it does; `unolora.cli` has a function of each name, with _ for - (and `import_`)."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     from unolora.errors import InputError
 
     try:
-        return int(getattr(cli, command.replace("-", "_"))(arguments[1:]))
+        name = command.replace("-", "_")
+        return int(getattr(cli, f"{name}_" if keyword.iskeyword(name) else name)(arguments[1:]))
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

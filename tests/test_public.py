@@ -21,9 +21,10 @@ ALLOWED = {
     "fused": set(),
     "layer": {"fused"},
     "hypernetwork": set(),
+    "words": {"hypernetwork"},
     "checkpoint": {"config"},
     "quantise": set(),
-    "model": {"checkpoint", "config", "hypernetwork", "layer", "quantise"},
+    "model": {"checkpoint", "config", "hypernetwork", "layer", "quantise", "words"},
     "atomic": set(),
     "lock": {"atomic"},
     "processes": set(),
@@ -65,7 +66,7 @@ ALLOWED = {
         "quantise", "rates", "recovery", "report", "runs", "sampling", "scoring", "settings", "tasks"
     },
     "auto": {"data", "hypernetwork", "runs", "scoring", "tasks", "text"},
-    "importing": {"config"},
+    "importing": {"atomic", "config", "runs"},
     "static_scale": {"data", "heads", "layer", "methods", "runs", "text"},
     "onnx_graph": {"hypernetwork"},
     "howto": {"runs", "tasks", "text"},
@@ -78,7 +79,8 @@ ALLOWED = {
         "scoring", "settings", "tasks", "text", "training",
     },
     "cli": {
-        "analysis", "auto", "bench", "card", "compare", "doctor", "export", "grow", "hub", "metrics", "processes",
+        "analysis", "auto", "bench", "card", "compare", "doctor", "export", "grow", "hub", "importing", "metrics",
+        "processes",
         "progress", "report", "runs", "scoring", "serving", "settings", "tasks", "training",
     },
 }  # fmt: skip

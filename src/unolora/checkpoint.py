@@ -119,6 +119,8 @@ def _conditioning(state: Mapping[str, Tensor]) -> str:
     keys = [key for key in state if key.startswith("base_model.uno_hypernetwork.")]
     if not keys:
         return "none"
+    if any(key.endswith(".task_embedding.vectors") for key in keys):
+        return "text"
     return "task+sample" if any(key.endswith(".bottleneck.0.weight") for key in keys) else "task"
 
 

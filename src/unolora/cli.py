@@ -158,14 +158,16 @@ def add_task(arguments: Sequence[str]) -> int:
     parser = _parser("add-task")
     parser.add_argument("--task", required=True, help="YAML file that spells one task, or the name of a built-in one")
     parser.add_argument("--output", type=Path, required=True, help="run folder to write")
-    parser.add_argument("--start", default="nearest", help="nearest (old task), mean or scratch; default: nearest")
+    parser.add_argument("--start", help="nearest (old task), mean or scratch; default: nearest")
     parser.add_argument(
         "--tune",
         default="row",
         help="row (old tasks stay as they are), hypernetwork or all, with replay of the old tasks' rows; default: row",
     )
     parser.add_argument("--examples", type=int, help="learn from this many training rows; default: all")
-    parser.add_argument("--steps", type=int, help="default: those of the run")
+    parser.add_argument(
+        "--steps", type=int, help="default: those of the run; 0 where conditioning text leaves nothing to learn"
+    )
     parser.add_argument("--learning-rate", type=float, help="default: that of the run")
     options = parser.parse_args(arguments)
     _quiet_libraries()
@@ -221,6 +223,25 @@ def rename_task(arguments: Sequence[str]) -> int:
     from unolora import grow
 
     _write(f"run      {grow.rename_task(options.run, options.task, options.to, options.output)}")
+    return 0
+
+
+def import_(arguments: Sequence[str]) -> int:
+    """Make one adapter of several plain LoRAs; say how much of each is kept."""
+    parser = _Parser("import")
+    parser.add_argument("lora", type=Path, nargs="+", help="folder of a plain PEFT LoRA; one a task, two or more")
+    parser.add_argument("--output", type=Path, required=True, help="adapter folder to write")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="names of the tasks; default: those of the folders")
+    parser.add_argument("--r", type=int, help="rank of the shared pair; default: the largest of theirs")
+    parser.add_argument("--backbone", help="default: the one that the LoRAs name")
+    options = parser.parse_args(arguments)
+    _quiet_libraries()
+    from unolora.importing import import_folder
+
+    kept = import_folder(options.lora, options.output, options.tasks, options.r, options.backbone)
+    for folder, (task, share) in zip(options.lora, kept.items(), strict=True):
+        _write(f"{task}  {folder}  {100 * share:.1f} % kept")
+    _write(f"adapter  {options.output}")
     return 0
 
 

@@ -18,7 +18,7 @@ from unolora.errors import CheckpointError, InputError, unknown
 PEFT_TYPE = "UNOLORA"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
-Conditioning = Literal["none", "task", "task+sample"]
+Conditioning = Literal["none", "task", "task+sample", "text"]
 ScaleInit = Literal["one", "paper"]
 
 
@@ -39,7 +39,8 @@ class UnoLoraConfig(PeftConfig):
         layers_to_transform: Indices of the blocks to adapt; all by default.
         modules_to_save: Modules beside the adapter that are trained and saved whole.
         conditioning: What the rank-wise scale s depends on: "none" (UnoLoRA, s = 1), "task" (static per task, can be
-            merged) or "task+sample" (UnoLoRA*).
+            merged), "task+sample" (UnoLoRA*) or "text" (static per task, from its description; see
+            `UnoLoraModel.describe`).
         embedding_dim: Width d_e of the task and position embeddings.
         bottleneck_dim: Width d_b of the bottleneck MLP on the sample encoding.
         sample_dim: Width d_s of the sample encoding: the width of the backbone's input embeddings, found by itself;

@@ -128,7 +128,7 @@ def task_scale(model: Any, task: str, adapter_name: str = ADAPTER) -> Tensor | N
     if hypernetwork.bottleneck is not None:
         raise InputError(f"the scale of task {task!r} depends on the sample; export the mean over calibration rows")
     with torch.no_grad():
-        rows = torch.tensor([known.index(task)], device=hypernetwork.task_embedding.weight.device)
+        rows = torch.tensor([known.index(task)], device=hypernetwork.scale_weight.device)
         scale: Tensor = hypernetwork(rows)[0]
     return scale
 

@@ -38,7 +38,7 @@ from unolora.settings import Settings, to_dict
 from unolora.tasks import TASKS, Task, get
 from unolora.tasks.rows import TaskData, order
 from unolora.text import Answers, TextModel
-from unolora.training import MultiTaskTrainer, checkpoints_of, fit, results_of
+from unolora.training import MultiTaskTrainer, checkpoints_of, entries, fit
 
 STARTS = ("nearest", "mean", "scratch")
 TUNES = ("row", "hypernetwork", "all")
@@ -64,7 +64,7 @@ class Part:
 
     task: Task
     vector: Tensor
-    """Row of the task embedding [d]; empty where there is none."""
+    """Row of the task embedding [d], or vectors of its descriptions [n, D]; empty where there is neither."""
     linear: dict[str, Tensor]
     """`weight` [C, D] and `bias` [C] of its head; empty where answers are text."""
     buffers: dict[str, Tensor]
@@ -100,7 +100,7 @@ def add_task(
     output: Path,
     *,
     root: Path | None = None,
-    start: str = "nearest",
+    start: str | None = None,
     tune: str = "row",
     examples: int | None = None,
     steps: int | None = None,
@@ -115,11 +115,13 @@ def add_task(
         output: Run folder to write.
         root: Folder that the task's relative files start from.
         start: Where its row of the task embedding starts: "nearest" (the old task with the least loss on a few of its
-            examples), "mean" (of the old tasks) or "scratch" (random).
+            examples), "mean" (of the old tasks) or "scratch" (random); by default "nearest". A run with conditioning
+            "text" has no such rows: there the task's descriptions say its scale.
         tune: What is trained: "row" (of the new task, and its head; the old tasks' outputs stay as they are, bit for
             bit), "hypernetwork" (and every head) or "all" (A and B too). The last two replay the old tasks' rows.
         examples: Learn from that many training rows, as evenly over the labels as they come; all by default.
-        steps: Of its training; by default those of the run.
+        steps: Of its training; by default those of the run. 0 with conditioning "text" and answers of text, where
+            nothing is left to be learned: the new task's rows are for scoring alone.
         learning_rate: Of its training; by default that of the run.
         progress: Called as progress(label, trainer); gives a Trainer callback that shows it.
 
@@ -130,7 +132,7 @@ def add_task(
         InputError: The task is there already, its rows can't be used, or there is nothing to learn.
         KeyboardInterrupt: A signal stopped it; nothing was written.
     """
-    if start not in STARTS:
+    if start is not None and start not in STARTS:
         raise unknown("start", start, STARTS)
     if tune not in TUNES:
         raise unknown("tune", tune, TUNES)
@@ -148,30 +150,26 @@ def add_task(
             f"{folder}: with `adapter.conditioning` none and answers of text, nothing of the model belongs to a task, "
             "so there is nothing to learn; tune all, or train a run with conditioning task or task+sample"
         )
-    own = _shortened(settings, steps, learning_rate)
+    zero_shot = _is_zero_shot(folder, settings, text, start, tune, steps)
+    own = settings if zero_shot else _shortened(settings, steps, learning_rate)
     results = _results(folder)
     full = runs.read_data(own, _rooted(task.as_text() if text else task, root))
     data = _fewer(full, examples, own.training.seed)
     run = runs.load_run(folder)
     quantise.check_trainable(run.model)
     parts = _parts(run.model, run.tasks)
-    lesson = _prepare(run, parts, own, data, start, tune)
+    lesson = _prepare(run, parts, own, data, start or "nearest", tune)
     tasks = [each.task for each in lesson.data]
     with new_folder(output) as temporary:
         checkpoints = checkpoints_of(temporary, own, "unolora", runs.digests(lesson.data))
         trainer = MultiTaskTrainer(run.model, own, tasks, lesson.splits, Collator(run.tokenizer), checkpoints)
-        if progress is not None:
-            trainer.add_callback(progress(f"task {task.name}", trainer))
-        best = fit(trainer)
-        if best is None:
-            raise KeyboardInterrupt
-        (temporary / "metrics.jsonl").replace(temporary / f"metrics-{task.name}.jsonl")
+        best = _untrained(trainer) if zero_shot else _trained(trainer, task, temporary, progress)
         change = {
             "added": task.name,
             "start": lesson.start,
             "tune": tune,
-            "examples": len(data.splits["train"]),
-            "steps": own.training.steps,
+            "examples": 0 if zero_shot else len(data.splits["train"]),
+            "steps": 0 if zero_shot else own.training.steps,
             "learning_rate": own.training.learning_rate,
             "best_step": best["step"],
         }
@@ -180,7 +178,7 @@ def add_task(
             change["old_tasks"] = _moved(results["tasks"], again)
             results["tasks"] = [_rescored(*pair) for pair in zip(results["tasks"], again, strict=True)]
         results["tasks"].append(entry)
-        shutil.rmtree(checkpoints.folder)
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
         learned = _parts(run.model, tasks)
         whole = learned if again else [*parts, *learned]
         _write(run, whole, output, temporary, results, change, runs.digests([full]))
@@ -233,15 +231,15 @@ def rename_task(folder: Path, name: str, new_name: str, output: Path) -> Path:
 
 def _parts(model: Model, tasks: Sequence[Task]) -> list[Part]:
     """Take a model's tasks apart; the copies share nothing with it."""
-    embedding = _embedding(model)
-    vectors = torch.zeros(len(tasks), 0) if embedding is None else embedding.weight.detach()
+    tuner: Any = model.method.backbone.base_model
+    vectors = tuner.task_vectors() or [torch.zeros(0)] * len(tasks)
     heads = model.heads.state_dict()
     parts = []
     for row, task in enumerate(tasks):
         own = f"linear.task_{task.name}."
         linear = {name.removeprefix(own): value.clone() for name, value in heads.items() if name.startswith(own)}
         buffers = {name: value[row].clone() for name, value in heads.items() if not name.startswith("linear.")}
-        parts.append(Part(task, vectors[row].clone(), linear, buffers))
+        parts.append(Part(task, vectors[row], linear, buffers))
     return parts
 
 
@@ -249,7 +247,7 @@ def _assemble(model: Model, parts: Sequence[Part]) -> None:
     """Give a model the tasks of these parts and no others."""
     tuner: Any = model.method.backbone.base_model
     tasks = [part.task for part in parts]
-    tuner.set_tasks([task.name for task in tasks], torch.stack([part.vector for part in parts]))
+    tuner.set_tasks([task.name for task in tasks], [part.vector for part in parts])
     _set_heads(model, tasks, {})
     state = {name: torch.stack([part.buffers[name] for part in parts]) for name in parts[0].buffers}
     for part in parts:
@@ -258,10 +256,10 @@ def _assemble(model: Model, parts: Sequence[Part]) -> None:
 
 
 def _embedding(model: Model) -> Any:
-    """Return the task embedding, or None where the scale is 1 for all."""
+    """Return the task embedding, or None where the scale is 1 for all or comes from words."""
     tuner: Any = model.method.backbone.base_model
-    found = list(tuner.uno_hypernetwork.values())
-    return found[0].task_embedding if found else None
+    found = [network.task_embedding for network in tuner.uno_hypernetwork.values()]
+    return found[0] if found and isinstance(found[0], torch.nn.Embedding) else None
 
 
 def _set_heads(model: Model, tasks: Sequence[Task], moments: Mapping[str, Moments]) -> None:
@@ -325,7 +323,7 @@ def _prepare(run: Run, parts: Sequence[Part], settings: Settings, data: TaskData
     model, longest = run.model, 0
     if isinstance(model, TextModel) and model.heads.continues:
         longest = model.heads.longest()
-    part = _new_part(model, data, settings.training.seed)
+    part = _new_part(run, data, settings)
     _assemble(model, [part])
     if isinstance(model, TextModel) and model.heads.continues:
         runs.check_length(settings, model.method.backbone, max(longest, model.heads.longest()))
@@ -334,6 +332,8 @@ def _prepare(run: Run, parts: Sequence[Part], settings: Settings, data: TaskData
         rows = runs.encode_rows(model, 0, data.splits["train"], run.tokenizer, settings.data.max_length, train=True)
         vector, chosen = _start(run, part, parts, rows, start)
         part = replace(part, vector=vector)
+    elif settings.adapter.conditioning == "text":
+        chosen = "description"
     old = [] if tune == "row" else list(parts)
     _assemble(model, [*old, part])
     everything = [*(runs.read_data(settings, each.task) for each in old), data]
@@ -365,12 +365,16 @@ def _thaw(model: Model, tune: str) -> None:
                 parameter.requires_grad_(True)
 
 
-def _new_part(model: Model, data: TaskData, seed: int) -> Part:
-    """Make the part of a new task: a random row and head, and what is known of its training targets."""
-    torch.manual_seed(seed)
+def _new_part(run: Run, data: TaskData, settings: Settings) -> Part:
+    """Make the part of a new task: a random row or its words, a random head, what is known of its training targets."""
+    model = run.model
+    tuner: Any = model.method.backbone.base_model
+    torch.manual_seed(settings.training.seed)
     targets = data.splits["train"].targets
     _set_heads(model, [data.task], {data.task.name: Moments.of(targets)} if data.task.kind == "regression" else {})
     (part,) = _parts(model, [data.task])  # with the first task's row
+    if settings.adapter.conditioning == "text":
+        return replace(part, vector=tuner.described(data.task.wordings, run.tokenizer))
     return replace(part, vector=torch.randn_like(part.vector))  # as an `nn.Embedding` starts
 
 
@@ -428,15 +432,54 @@ def leave_one_out(pooled: Tensor, targets: Tensor) -> float:
     return float(errors.square().mean())
 
 
+def _is_zero_shot(
+    folder: Path, settings: Settings, text: bool, start: str | None, tune: str, steps: int | None
+) -> bool:
+    """Whether a task comes by its words alone; refuse what does not go with words, or with none to learn from."""
+    if settings.adapter.conditioning != "text":
+        return False
+    if start is not None:
+        raise InputError(
+            f"{folder}: with `adapter.conditioning` text a task's descriptions say its scale; leave out start"
+        )
+    if tune != "row":
+        return False
+    if not text:
+        if steps == 0:
+            raise InputError(f"{folder}: the new task's head must be learned, so `steps` must be at least 1")
+        return False
+    if steps:
+        raise InputError(
+            f"{folder}: the new task's scale comes from its descriptions and its answers are text, so there is nothing "
+            "to learn: give 0 steps, or tune hypernetwork or all"
+        )
+    return True
+
+
+def _trained(trainer: MultiTaskTrainer, task: Task, folder: Path, progress: Any) -> dict[str, Any]:
+    if progress is not None:
+        trainer.add_callback(progress(f"task {task.name}", trainer))
+    best = fit(trainer)
+    if best is None:
+        raise KeyboardInterrupt
+    (folder / "metrics.jsonl").replace(folder / f"metrics-{task.name}.jsonl")
+    return best
+
+
+def _untrained(trainer: MultiTaskTrainer) -> dict[str, Any]:
+    how = trainer.settings.scoring
+    found = scoring.evaluate(trainer.model, trainer.tasks, trainer.splits["validation"], trainer.data_collator, how)
+    return {"step": 0, "validation": found}
+
+
 def _entries(trainer: MultiTaskTrainer, data: Sequence[TaskData], best: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Score the tasks trained on and describe them as results.json does."""
     test, tasks = trainer.splits["test"], [each.task for each in data]
     found = scoring.predictions(trainer.model, test, trainer.data_collator, trainer.settings.scoring)
     scores = {"validation": best["validation"], "test": scoring.scored(tasks, test, found)}
-    unparsed = scoring.unparsed(tasks, found)
-    entries: list[dict[str, Any]] = results_of(trainer, "unolora", data, scores, best["step"], unparsed)["tasks"]
-    entries[-1]["sampling"]["planned"] = None  # it had no share of the first training's batches
-    return entries
+    described = entries(trainer, data, scores, scoring.unparsed(tasks, found))
+    described[-1]["sampling"]["planned"] = None  # it had no share of the first training's batches
+    return described
 
 
 def _rescored(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ The paper's code averages over padding as well, so that a sample's scale depends
 the attention mask counts. It takes positions modulo 48 while T5-base has 72 projections; here each has its own, unless
 `num_positions` says otherwise.
 
+With `conditioning="text"` e_task comes from the task's description instead of a row of its own: see `words.py`.
+
 Axes: B batch, T tokens, D width (d_s), d embedding width (d_e), R rank, P positions, K tasks.
 """
 
@@ -54,6 +56,7 @@ class Hypernetwork(nn.Module):
         scale_init: "one" or "paper", see above.
         gated, shared_map: see above.
         num_positions: rows of the position embedding (p_max); P by default, fewer are shared modulo their number.
+        task_embedding: gives e_task [B, d] for rows of tasks [B]; by default each task has a row of its own.
     """
 
     def __init__(
@@ -69,13 +72,14 @@ class Hypernetwork(nn.Module):
         gated: bool = False,
         shared_map: bool = False,
         num_positions: int | None = None,
+        task_embedding: nn.Module | None = None,
     ) -> None:
         super().__init__()
         d, P = embedding_dim, num_adapters
         self.num_adapters, self.num_positions = P, num_positions or P
         self.start = 1.0 if scale_init == "one" else 0.0
         self.gated = gated
-        self.task_embedding = nn.Embedding(num_tasks, d)
+        self.task_embedding = nn.Embedding(num_tasks, d) if task_embedding is None else task_embedding
         self.position_embedding = nn.Embedding(self.num_positions, d)
         self.bottleneck = None if sample_dim is None else _mlp(sample_dim, bottleneck_dim, bottleneck_dim, d)
         self.combine = _mlp(2 * d if sample_dim is None else 3 * d, 2 * d, 2 * d, 2 * d, d)

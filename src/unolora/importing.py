@@ -22,11 +22,41 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unolora import runs
+from unolora.atomic import new_folder, write_json, write_text
 from unolora.config import WEIGHTS_NAME, UnoLoraConfig
 from unolora.errors import InputError
 
 ROUNDS = 200
 """Of the alternating least squares."""
+
+HOSTS: dict[str | None, str] = {
+    None: "AutoModel",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""PEFT's `task_type` of a LoRA -> the class of transformers that it was put on. Where none is said, the backbone's own
+is tried before these."""
+README = """# One adapter from {count} plain LoRAs
+
+Made by `unolora import`. Of the LoRAs' updates it keeps, by their squared size: {kept}.
+
+To go on training, or to predict:
+
+```python
+import unolora  # tells PEFT of the method
+from peft import PeftModel
+from transformers import {host}
+
+model = {host}.from_pretrained({base!r})
+model = PeftModel.from_pretrained(model, ".", is_trainable=True)
+model(**batch, tasks={tasks!r})  # a name for each row of the batch
+```
+"""
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """Projection -> (A [r, D_in], B [D_out, r] with alpha / r in it)."""
@@ -131,7 +161,7 @@ def import_loras(
         if pairs.keys() != read[0][1].keys():
             odd = min(pairs.keys() ^ read[0][1].keys())
             raise InputError(f"{folder}: adapts other projections than {folders[0]}, such as {odd}; import them apart")
-    rank = r or max(config.r for config, _ in read)
+    rank = max(config.r for config, _ in read) if r is None else r
     config = UnoLoraConfig(
         tasks=tasks,
         r=rank,
@@ -158,6 +188,74 @@ def import_loras(
         _give(tuner.uno_hypernetwork["default"], torch.stack(scales, dim=1))
     shares = 1 - lost / whole.clamp(min=1e-30)
     return model, dict(zip(tasks, shares.tolist(), strict=True))
+
+
+def import_folder(
+    folders: Sequence[Path],
+    output: Path,
+    names: Sequence[str] | None = None,
+    r: int | None = None,
+    backbone: str | None = None,
+) -> dict[str, float]:
+    """Write an adapter made by `import_loras` as a folder for `PeftModel.from_pretrained`, whole or not at all.
+
+    Args:
+        folders: Plain LoRAs, one a task.
+        output: Folder to write; `kept.json` and README.md there say how much of each LoRA is kept.
+        names: Of the tasks; the folders' names by default.
+        r: Rank of the shared pair; the largest of theirs by default.
+        backbone: A folder, a model on the hub, or "minilm"; by default the one that the LoRAs name.
+
+    Returns:
+        Of each task the share of its updates that is kept.
+
+    Raises:
+        InputError: What `import_loras` raises, the LoRAs name no common backbone or none that has their projections, or
+            the output holds something.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"{output} is there already; choose another output")
+    read = [read_lora(folder) for folder in folders]
+    named = list(dict.fromkeys(config.base_model_name_or_path for config, _ in read))
+    if backbone is None:
+        if len(named) != 1 or not named[0]:
+            raise InputError(
+                f"the LoRAs name {' and '.join(map(repr, named))} as their backbone; say which is to be used"
+            )
+        backbone = named[0]
+    host, model = _load(backbone, {config.task_type for config, _ in read}, read[0][1])
+    adapted, kept = import_loras(model, folders, names, r)
+    with new_folder(output) as temporary:
+        adapted.save_pretrained(temporary)
+        write_json(temporary / "kept.json", kept)
+        shares = ", ".join(f"{task} {100 * share:.1f} %" for task, share in kept.items())
+        filled = README.format(count=len(kept), kept=shares, host=host, base=backbone, tasks=list(kept))
+        write_text(temporary / "README.md", filled)
+    return kept
+
+
+def _load(backbone: str, task_types: set[Any], places: Pairs) -> tuple[str, Any]:
+    """Load the backbone in the class whose projections have these names; with the class's name."""
+    import transformers
+
+    where = runs.located(backbone)
+    config = transformers.AutoConfig.from_pretrained(**where)
+    said = [HOSTS[each] for each in task_types if each in HOSTS and each is not None]
+    own = [name for name in config.architectures or [] if hasattr(transformers, name)]
+    for host in dict.fromkeys([*said, *own, *HOSTS.values()]):
+        kind = getattr(transformers, host)
+        try:
+            with torch.device("meta"):
+                empty = kind.from_config(config) if host in HOSTS.values() else kind(config)
+        except ValueError:  # the family has no such class
+            continue
+        names = {name for name, _ in empty.named_modules()}
+        if places.keys() <= names:
+            return host, kind.from_pretrained(**where, dtype=torch.float32)
+    raise InputError(
+        f"backbone {backbone!r} has no projection called {min(places)}, which the LoRAs adapt; name the one that they "
+        "were trained on"
+    )
 
 
 def _give(hypernetwork: Any, scales: Tensor) -> None:

@@ -30,12 +30,14 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from unolora import words
 from unolora.checkpoint import adapter_state, check_state, naming_the_file
 from unolora.config import PEFT_TYPE, UnoLoraConfig, task_names
 from unolora.errors import InputError, unknown
 from unolora.hypernetwork import Hypernetwork, encode_sample
 from unolora.layer import UnoLoraLayer, current_scales, scaled_by
 from unolora.quantise import is_packed
+from unolora.words import Descriptions
 
 Tasks = Tensor | Sequence[str] | Sequence[int] | str
 """Task rows [B] as a LongTensor, or their names (or rows) one for each sample, or one name for the whole batch."""
@@ -159,6 +161,9 @@ class UnoLoraModel(BaseTuner):
         _check_adapter_name(adapter_name)
         config = self.peft_config[adapter_name]
         d_s = _sample_dim(model, config) if config.conditioning == "task+sample" else None
+        described = None
+        if config.conditioning == "text":
+            described = Descriptions(len(config.tasks), words.width(model), config.embedding_dim)
         trained = [(parameter, parameter.requires_grad) for parameter in self.uno_hypernetwork.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parameter, requires_grad in trained:  # PEFT does as much for what is in the layers
@@ -182,6 +187,7 @@ class UnoLoraModel(BaseTuner):
             gated=config.scale_gate,
             shared_map=config.shared_scale_map,
             num_positions=config.num_positions,
+            task_embedding=described,
         )
         hypernetwork.register_buffer("rows", _rows(config.tasks, layers))
         weight = next(iter(layers.values())).base_layer.weight
@@ -247,35 +253,110 @@ class UnoLoraModel(BaseTuner):
             if isinstance(module, UnoLoraLinear) and adapter_name in module.uno_A
         }
 
-    def set_tasks(self, tasks: Sequence[str], embedding: Tensor, adapter_name: str | None = None) -> None:
-        """Give an adapter other tasks: add, remove or rename rows of its task embedding. All else stays as it is.
+    def task_vectors(self, adapter_name: str | None = None) -> list[Tensor]:
+        """Return what an adapter has of each task, to be given back to `set_tasks`; nothing without conditioning.
+
+        Returns:
+            Of each task its row of the task embedding [d_e], or the vectors of its descriptions [n, D].
+        """
+        name = adapter_name or self.active_adapters[0]
+        if name not in self.uno_hypernetwork:
+            return []
+        embedding = self.uno_hypernetwork[name].task_embedding
+        rows = embedding.rows() if isinstance(embedding, Descriptions) else list(embedding.weight.detach())
+        return [row.clone() for row in rows]
+
+    def set_tasks(
+        self, tasks: Sequence[str], vectors: Sequence[Tensor] | Tensor, adapter_name: str | None = None
+    ) -> None:
+        """Give an adapter other tasks: add, remove or rename them. All else stays as it is.
 
         Args:
-            tasks: Names of the rows [K].
-            embedding: The rows [K, d_e]; not looked at where `conditioning` is "none".
+            tasks: Names of the tasks [K].
+            vectors: Of each a row [d_e], or the vectors of its descriptions [n, D], as `task_vectors` gives them; not
+                looked at where `conditioning` is "none".
             adapter_name: The adapter; the active one by default.
 
         Raises:
-            InputError: A name comes twice, there is not one row of the right width for each, or the adapter is merged.
+            InputError: A name comes twice, there is not one vector of the right width for each, or the adapter is
+                merged.
         """
         name = adapter_name or self.active_adapters[0]
         config, names = self.peft_config[name], task_names(tasks)
         if name in self.uno_hypernetwork:
-            hypernetwork = self.uno_hypernetwork[name]
-            old = hypernetwork.task_embedding.weight
             if name in self.merged_tasks:
                 raise InputError(f"adapter {name!r} is merged; call unmerge_adapter() before its tasks change")
-            if not names or embedding.shape != (len(names), old.shape[1]):
-                raise InputError(
-                    f"{len(names)} tasks need an embedding [{len(names)}, {old.shape[1]}] with at least one row, got "
-                    f"{list(embedding.shape)}"
-                )
-            rows = nn.Embedding(*embedding.shape, device=old.device, dtype=old.dtype)
-            with torch.no_grad():
-                rows.weight.copy_(embedding)
-            hypernetwork.task_embedding = rows.requires_grad_(old.requires_grad)
-            hypernetwork.rows = _rows(names, self.layers(name)).to(old.device)
+            hypernetwork = self.uno_hypernetwork[name]
+            hypernetwork.task_embedding = _embedding_of(hypernetwork.task_embedding, names, vectors)
+            hypernetwork.rows = _rows(names, self.layers(name)).to(hypernetwork.rows.device)
         config.tasks = names
+
+    def describe(
+        self, descriptions: Mapping[str, Sequence[str]], tokenizer: Any, adapter_name: str | None = None
+    ) -> None:
+        """Give tasks their words, where `conditioning` is "text". A name that is new becomes a task.
+
+        The backbone, without adapters, reads them once; what it makes of them is saved with the adapter. The first call
+        is for all tasks. On a trained adapter, a task with a description has a scale without an example.
+
+        Args:
+            descriptions: Task -> what it asks, in one or more wordings. Training draws one of them for each row;
+                otherwise the first one counts.
+            tokenizer: The backbone's.
+            adapter_name: The adapter; the active one by default.
+
+        Raises:
+            InputError: The adapter takes no words, a task has none, or the adapter is merged.
+        """
+        name = adapter_name or self.active_adapters[0]
+        known = self.peft_config[name].tasks
+        for task, texts in descriptions.items():
+            if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
+                raise InputError(f"task {task!r}: expected a list of one description or more, got {texts!r}")
+        embedding = self._descriptions(name)
+        settled = len(embedding.vectors) > 0
+        if lacking := [task for task in known if not settled and task not in descriptions]:
+            raise InputError(f"task {lacking[0]!r} has no description yet; the first call is for all tasks")
+        states = {task: self._states(texts, tokenizer) for task, texts in descriptions.items()}
+        if not settled:
+            embedding.settle(torch.cat(list(states.values())).to(embedding.middle))
+        vectors = dict(zip(known, self.task_vectors(name), strict=True))
+        vectors |= {task: embedding.standardised(found.to(embedding.middle)) for task, found in states.items()}
+        self.set_tasks(list(vectors), list(vectors.values()), name)
+
+    def described(self, texts: Sequence[str], tokenizer: Any, adapter_name: str | None = None) -> Tensor:
+        """Return the vectors [n, D] of descriptions, as `set_tasks` takes them, of an adapter that has its words."""
+        embedding = self._descriptions(adapter_name or self.active_adapters[0])
+        return embedding.standardised(self._states(texts, tokenizer).to(embedding.middle))
+
+    def _descriptions(self, name: str) -> Descriptions:
+        found = self.uno_hypernetwork[name].task_embedding if name in self.uno_hypernetwork else None
+        if not isinstance(found, Descriptions):
+            raise InputError(
+                f"adapter {name!r} has conditioning {self.peft_config[name].conditioning!r}, which takes no words; "
+                "'text' does"
+            )
+        return found
+
+    def _states(self, texts: Sequence[str], tokenizer: Any) -> Tensor:
+        """Encode texts by the bare backbone, [n, D]."""
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        if any(layer.merged for layer in layers):
+            raise InputError("an adapter is merged, so the backbone is not what it was; call unmerge_adapter() first")
+        modes = {module: module.training for module in self.model.modules()}
+        disabled, enabled = [layer._disable_adapters for layer in layers], self._enabled
+        try:
+            self._enabled = False
+            for layer in layers:
+                layer._disable_adapters = True
+            self.model.eval()
+            return words.encode(self.model, tokenizer, texts)
+        finally:
+            self._enabled = enabled
+            for layer, before in zip(layers, disabled, strict=True):
+                layer._disable_adapters = before
+            for module, mode in modes.items():
+                module.training = mode
 
     # --- conditioning ------------------------------------------------------------------------------------------
 
@@ -323,7 +404,12 @@ class UnoLoraModel(BaseTuner):
         scales = {}
         for name in adapters:
             hypernetwork = self.uno_hypernetwork[name]
-            device = hypernetwork.task_embedding.weight.device
+            device = hypernetwork.scale_weight.device
+            if isinstance(hypernetwork.task_embedding, Descriptions) and not len(hypernetwork.task_embedding.vectors):
+                raise InputError(
+                    f"adapter {name!r} knows no words of its tasks yet; call "
+                    f"model.describe({{{self.peft_config[name].tasks[0]!r}: ['what it asks'], ...}}, tokenizer) first"
+                )
             rows = task_rows(tasks, self.peft_config[name].tasks, batch).to(device)  # [B]
             sample = None
             if hypernetwork.bottleneck is not None:
@@ -500,7 +586,7 @@ class UnoLoraModel(BaseTuner):
             merged[name] = task = self._task_to_merge(name, tasks)
             hypernetwork, known = self.uno_hypernetwork[name], self.peft_config[name].tasks
             with torch.no_grad():
-                rows = task_rows([task], known, 1).to(hypernetwork.task_embedding.weight.device)
+                rows = task_rows([task], known, 1).to(hypernetwork.scale_weight.device)
                 scales[name] = hypernetwork(rows)  # [1, P, R]
         with torch.no_grad(), scaled_by(scales, self):
             for name in names:
@@ -575,6 +661,12 @@ class UnoLoraModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+        vectors = f"base_model.uno_hypernetwork.{adapter_name}.task_embedding."
+        if f"{vectors}vectors" in remapped and config.conditioning == "text":  # how many descriptions there are
+            embedding = model.base_model.uno_hypernetwork[adapter_name].task_embedding
+            for part in ("vectors", "basis"):
+                shape = len(remapped[f"{vectors}{part}"]), embedding.middle.shape[0]
+                setattr(embedding, part, embedding.middle.new_zeros(shape))
         check_state(model.base_model, adapter_name, remapped, source=getattr(state_dict, "source", "the checkpoint"))
         return dict(remapped)
 
@@ -697,6 +789,28 @@ def register() -> None:
     peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = UnoLoraModel.prefix
     if not hasattr(peft_model.load_peft_weights, "__wrapped__"):
         peft_model.load_peft_weights = naming_the_file(peft_model.load_peft_weights)
+
+
+def _embedding_of(old: nn.Module, tasks: Sequence[str], vectors: Sequence[Tensor] | Tensor) -> nn.Module:
+    """Return the task embedding with these vectors, one a task."""
+    if isinstance(old, Descriptions):
+        width = old.middle.shape[0]
+        if not tasks or len(vectors) != len(tasks) or not all(v.shape == (len(v), width) and len(v) for v in vectors):
+            found = [list(vector.shape) for vector in vectors]
+            raise InputError(f"{len(tasks)} tasks need vectors [n, {width}] of each, got {found}")
+        old.put(list(vectors))
+        return old
+    assert isinstance(old, nn.Embedding)
+    rows = [len(vectors), *(vectors[0].shape if len(vectors) else [])]
+    if not tasks or rows != [len(tasks), old.weight.shape[1]]:
+        raise InputError(
+            f"{len(tasks)} tasks need an embedding [{len(tasks)}, {old.weight.shape[1]}] with at least one row, got "
+            f"{rows}"
+        )
+    new = nn.Embedding(rows[0], rows[1], device=old.weight.device, dtype=old.weight.dtype)
+    with torch.no_grad():
+        new.weight.copy_(torch.stack(list(vectors)))
+    return new.requires_grad_(old.weight.requires_grad)
 
 
 def _rows(tasks: Sequence[str], layers: Mapping[str, nn.Module]) -> Tensor:

@@ -36,7 +36,7 @@ class Adapter:
     target_modules: list[str] | str | None = None
     """projections to adapt (suffixes, a regular expression, or 'all-linear'); by default the query and value ones"""
     conditioning: str = "task+sample"
-    """what the rank-wise scale depends on: none (UnoLoRA), task, or task+sample (UnoLoRA*)"""
+    """what the rank-wise scale depends on: none (UnoLoRA), task, task+sample (UnoLoRA*), or text (the task's words)"""
     embedding_dim: int = 8
     """width of the task and position embeddings"""
     bottleneck_dim: int = 16

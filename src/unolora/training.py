@@ -242,6 +242,9 @@ def _deterministic() -> Iterator[None]:
 def _build(settings: Settings, method: str, data: Sequence[rows.TaskData]) -> tuple[runs.Model, Any]:
     moments = {d.task.name: Moments.of(d.splits["train"].targets) for d in data if d.task.kind == "regression"}
     model, tokenizer = runs.build(settings, method, [d.task for d in data], moments)
+    if method == "unolora" and settings.adapter.conditioning == "text":
+        tuner: Any = model.method.backbone.base_model
+        tuner.describe({d.task.name: d.task.wordings for d in data}, tokenizer)
     quantise.check_trainable(model)
     if not model.method.mixes and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise InputError(
@@ -802,13 +805,50 @@ def results_of(
 ) -> dict[str, Any]:
     """Gather results.json: scores of the splits that were scored, what a constant scores, parameters and times."""
     settings, model = trainer.settings, trainer.model
-    seen = trainer.seen()
     total = sum(p.numel() for p in model.parameters())
     heads = sum(p.numel() for p in model.heads.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     backbone = model.method.backbone_parameters
     steps = settings.training.steps
     means = {split: metrics.averages(found) for split, found in scores.items()}
+    return {
+        "name": trainer.folder.resolve().name,
+        "method": method,
+        "label": label(method, settings.adapter),
+        "backbone": settings.backbone,
+        "base": dict(model.method.base),
+        "seed": settings.training.seed,
+        "steps": steps,
+        "best_step": best_step,
+        "skipped": {"steps": trainer.skips.steps, "tasks": trainer.skips.tasks},
+        "batch_size": settings.training.batch_size,
+        "tasks": entries(trainer, data, scores, unparsed),
+        "averages": {name: {split: values[name] for split, values in means.items()} for name in means["validation"]},
+        "parameters": {
+            "total": total,
+            "trainable": trainable,
+            "adapter": trainable - heads,
+            "heads": heads,
+            "trainable_percent": 100 * trainable / total,
+            "per_task_percent": 100 * (trainable - heads) / backbone / len(data),  # counted as in the paper
+        },
+        "memory": {"peak_bytes": _peak_bytes()},
+        "time": {
+            "train_seconds": round(trainer.train_seconds, 2),
+            "evaluation_seconds": round(trainer.evaluation_seconds, 2),
+            "examples_per_second": round(steps * settings.training.batch_size / trainer.train_seconds, 2),
+        },
+    }
+
+
+def entries(
+    trainer: MultiTaskTrainer,
+    data: Sequence[rows.TaskData],
+    scores: Mapping[str, Mapping[str, Any]],
+    unparsed: Mapping[str, int],
+) -> list[dict[str, Any]]:
+    """Describe the tasks of a training as results.json does."""
+    seen = trainer.seen()
     tasks = []
     for row, d in enumerate(data):
         name = d.task.name
@@ -830,31 +870,4 @@ def results_of(
                 "unparsed": unparsed[name],  # test predictions that are no answer, and count as wrong
             }
         )
-    return {
-        "name": trainer.folder.resolve().name,
-        "method": method,
-        "label": label(method, settings.adapter),
-        "backbone": settings.backbone,
-        "base": dict(model.method.base),
-        "seed": settings.training.seed,
-        "steps": steps,
-        "best_step": best_step,
-        "skipped": {"steps": trainer.skips.steps, "tasks": trainer.skips.tasks},
-        "batch_size": settings.training.batch_size,
-        "tasks": tasks,
-        "averages": {name: {split: values[name] for split, values in means.items()} for name in means["validation"]},
-        "parameters": {
-            "total": total,
-            "trainable": trainable,
-            "adapter": trainable - heads,
-            "heads": heads,
-            "trainable_percent": 100 * trainable / total,
-            "per_task_percent": 100 * (trainable - heads) / backbone / len(tasks),  # counted as in the paper
-        },
-        "memory": {"peak_bytes": _peak_bytes()},
-        "time": {
-            "train_seconds": round(trainer.train_seconds, 2),
-            "evaluation_seconds": round(trainer.evaluation_seconds, 2),
-            "examples_per_second": round(steps * settings.training.batch_size / trainer.train_seconds, 2),
-        },
-    }
+    return tasks

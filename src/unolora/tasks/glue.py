@@ -48,8 +48,58 @@ def _task(
         description,
         prompt,
         None if labels else 0.2,
+        descriptions=_DESCRIPTIONS[name],
     )
 
+
+_DESCRIPTIONS: dict[str, tuple[str, ...]] = {
+    "cola": (
+        "Decide whether this English sentence is grammatically acceptable.",
+        "Would a native speaker take the sentence for well formed?",
+        "Tell correct sentences from those that break the rules of grammar.",
+    ),
+    "sst2": (
+        "Decide whether this piece of a film review is negative or positive.",
+        "Does the reviewer speak well or badly of the film?",
+        "Binary sentiment of phrases about movies.",
+    ),
+    "mrpc": (
+        "Decide whether two sentences from the news say the same thing.",
+        "Is the second sentence a paraphrase of the first?",
+        "Paraphrase detection in pairs of news sentences.",
+    ),
+    "qqp": (
+        "Decide whether two questions ask for the same thing.",
+        "Would one answer do for both questions?",
+        "Find duplicate questions on a public site.",
+    ),
+    "stsb": (
+        "Rate how near in meaning two sentences are, from 0 to 5.",
+        "How similar is what the two sentences say?",
+        "Semantic similarity of a pair of sentences, as a number.",
+    ),
+    "mnli": (
+        "Decide whether the hypothesis follows from the premise, contradicts it, or neither.",
+        "Given the premise, is the hypothesis true, false or undetermined?",
+        "Natural language inference with three classes over many genres.",
+    ),
+    "qnli": (
+        "Decide whether the sentence holds the answer to the question.",
+        "Can the question be answered from this sentence of an encyclopedia?",
+        "Match questions with sentences that answer them.",
+    ),
+    "rte": (
+        "Decide whether the second sentence follows from the first.",
+        "Does the first text imply the second one?",
+        "Recognise textual entailment in pairs of short texts.",
+    ),
+    "wnli": (
+        "Decide whether the second sentence, which names what a pronoun means, follows from the first.",
+        "Is this noun what the pronoun in the first sentence stands for?",
+        "Resolve pronouns by knowledge of the world.",
+    ),
+}
+"""What `conditioning: text` goes by."""
 
 _PAIR = ("{sentence1}", "{sentence2}")
 _IMPLIED = ("entailment", "not_entailment")

@@ -42,7 +42,7 @@ QUESTION_CLASSES = {
 }
 
 
-def _sentiment(name: str, description: str) -> Task:
+def _sentiment(name: str, description: str, *descriptions: str) -> Task:
     return Task(
         name,
         "regression",
@@ -52,6 +52,7 @@ def _sentiment(name: str, description: str) -> Task:
         description=f"{description} People rated how it feels, from -4 (extremely negative) over 0 (neutral) to 4 "
         "(extremely positive); the target is the mean of their ratings, so it falls between whole numbers. The rows "
         "come with the VADER study (Hutto and Gilbert, 2014).",
+        descriptions=descriptions,
     )
 
 
@@ -69,6 +70,12 @@ TASKS: dict[str, Task] = {
             "call the messages that somebody meant to get? About one message in eight is spam, so a model that always "
             "says ham is right for seven of eight and has learned nothing: the score is Matthews' correlation. The "
             "messages are English, short, and spelled as people type on a phone.",
+            descriptions=(
+                "Decide whether this text message is spam or was meant for the one who got it.",
+                "Is this SMS advertising or a fraud, or an ordinary message between people?",
+                "Tell unwanted text messages, such as prizes that nobody won, from wanted ones.",
+                "Spam detection in short phone messages.",
+            ),
         ),
         Task(
             "questions",
@@ -81,11 +88,46 @@ TASKS: dict[str, Task] = {
             "description or reason, an entity (an animal, a colour, a sport), a human, a location or a number? These "
             "are the six coarse classes of the TREC questions (Li and Roth, 2002); abbreviations are rare. The first "
             "word helps, but not always: 'what' opens questions of every class.",
+            descriptions=(
+                "Decide what kind of answer this question asks for: an abbreviation, a description, an entity, a "
+                "human, a location or a number.",
+                "Does the question want to know who, where, how many, what thing, what it means or what is short for?",
+                "Sort questions by the type of their answer.",
+                "Question classification: the class of what is asked.",
+            ),
         ),
-        _sentiment("movies", "A sentence or two from a film review on a public site."),
-        _sentiment("products", "A sentence from a customer's review of a camera, phone or player, in lower case."),
-        _sentiment("tweets", "A short public post with its slang, emoticons and capitals."),
-        _sentiment("editorials", "A sentence from a newspaper's opinion page, where feeling is seldom said outright."),
+        _sentiment(
+            "movies",
+            "A sentence or two from a film review on a public site.",
+            "Rate how positive or negative this piece of a film review feels.",
+            "How much did the reviewer like the film, from very bad to very good?",
+            "Sentiment of sentences about movies, as a number.",
+            "Predict the mean rating that readers give to the feeling of a movie review.",
+        ),
+        _sentiment(
+            "products",
+            "A sentence from a customer's review of a camera, phone or player, in lower case.",
+            "Rate how positive or negative this sentence of a customer's review of a product feels.",
+            "How satisfied is the buyer of this camera, phone or player, from very unhappy to very happy?",
+            "Sentiment of sentences about electronic products, as a number.",
+            "Predict the mean rating that readers give to the feeling of a product review.",
+        ),
+        _sentiment(
+            "tweets",
+            "A short public post with its slang, emoticons and capitals.",
+            "Rate how positive or negative this short public post feels.",
+            "Is the writer of this tweet in a bad or in a good mood, and how much so?",
+            "Sentiment of tweets with slang and emoticons, as a number.",
+            "Predict the mean rating that readers give to the feeling of a post on a social network.",
+        ),
+        _sentiment(
+            "editorials",
+            "A sentence from a newspaper's opinion page, where feeling is seldom said outright.",
+            "Rate how positive or negative this sentence of a newspaper's opinion page feels.",
+            "How favourable is this sentence of an editorial, from very negative to very positive?",
+            "Sentiment of sentences from newspaper editorials, as a number.",
+            "Predict the mean rating that readers give to the feeling of a political comment.",
+        ),
     )
 }
 

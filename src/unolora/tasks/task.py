@@ -175,6 +175,9 @@ class Task:
     """Regression: a text-to-text model writes the target rounded to a multiple of this, and needs it; heads do not."""
     cut_as: str = ""
     """The name that its rows are cut into splits by; left out, its own. A renamed task keeps its splits by this."""
+    descriptions: tuple[str, ...] = ()
+    """What the task asks in a sentence, and in other wordings of it: what `conditioning: text` goes by. Left out, the
+    `description`."""
 
     def __post_init__(self) -> None:
         for key in ("name", "kind", "target", "description", "prompt", "cut_as"):
@@ -184,7 +187,7 @@ class Task:
             raise InputError(f"task name {self.name!r} must be letters, digits, _ and - only")
         if self.kind not in DEFAULT_METRICS:
             raise InputError(f"task {self.name!r}: {unknown('kind', self.kind, DEFAULT_METRICS)}")
-        for key in ("template", "labels", "metrics"):
+        for key in ("template", "labels", "metrics", "descriptions"):
             object.__setattr__(self, key, self._texts(key, getattr(self, key)))
         object.__setattr__(self, "metrics", self.metrics or DEFAULT_METRICS[self.kind])
         try:
@@ -211,6 +214,20 @@ class Task:
     def columns(self) -> tuple[str, ...]:
         """The columns that the template reads, each once."""
         return _columns(*self.template)
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """What the task asks, in one or more wordings.
+
+        Raises:
+            InputError: Nothing says it.
+        """
+        if not any(self.descriptions or (self.description,)):
+            raise InputError(
+                f"task {self.name!r} says nowhere what it asks, which `conditioning: text` goes by; add "
+                "`descriptions`, a list of one sentence or more"
+            )
+        return self.descriptions or (self.description,)
 
     def as_text(self) -> Self:
         """Return a copy that feeds the model its one `prompt`, as a text-to-text model needs it."""

@@ -1,0 +1,123 @@
+"""A new task from a few examples: add-task on a run that has not seen it, LoRA from scratch, heads only.
+
+    python scripts/few_shot.py RUN TASK results/few-shot        # goes on where it was stopped
+
+RUN is a run without TASK, which is built in. For each draw the same training rows go to all three, on one backbone, and
+all are scored on the same test rows after the last step. Each method's learning rate is the one of three that did best
+on validation rows after a draw that is not in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers as tf
+
+from unolora import grow, runs, training
+from unolora.settings import from_dict, to_dict
+from unolora.tasks import Source, Task, get
+from unolora.tasks.rows import load, order
+
+METHODS = {"add-task": "add-task (row and head)", "lora-shared": "LoRA from scratch", "heads-only": "heads only"}
+RATES = (1e-3, 3e-3, 1e-2)
+TRIED = 16
+"""Examples of the draw that the learning rate is chosen on."""
+VALIDATION = 128
+"""Validation rows that it is chosen by."""
+
+
+def main() -> None:
+    """Run what is missing, and write scores.json and table.md."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("task")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    tf.logging.set_verbosity_error()
+    tf.logging.disable_progress_bar()
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "scores.json"
+    found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def scores(method: str, size: int, draw: int, rate: float) -> dict[str, float]:
+        key = f"{method} {size} {draw} {rate}"
+        if key not in found:
+            found[key] = fit(options, method, size, draw, rate)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            print(key, found[key], flush=True)
+        return found[key]
+
+    rates = {m: max(RATES, key=lambda r: scores(m, TRIED, options.draws, r)["validation"]) for m in METHODS}
+    lines = [
+        f"| | learning rate | {' | '.join(f'{size} examples' for size in options.sizes)} |",
+        f"| --- | --- |{' --- |' * len(options.sizes)}",
+    ]
+    for method, label in METHODS.items():
+        cells = []
+        for size in options.sizes:
+            values = [scores(method, size, draw, rates[method])["test"] for draw in range(options.draws)]
+            cells.append(f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}")
+        lines.append(f"| {label} | {rates[method]:g} | {' | '.join(cells)} |")
+    (options.output / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def fit(options: argparse.Namespace, method: str, size: int, draw: int, rate: float) -> dict[str, float]:
+    """Train once in a folder that goes, and return the task's score on its validation and its test rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        task, output = drawn(get(options.task), size, draw, Path(folder)), Path(folder, "run")
+        if method == "add-task":
+            grow.add_task(options.run, task, output, steps=options.steps, learning_rate=rate)
+        else:
+            training.train(alone(options, method, task, draw, rate, output))
+        entry = json.loads((output / "results.json").read_text())["tasks"][-1]
+    return {split: round(values[task.metrics[0]], 6) for split, values in entry["metrics"].items()}
+
+
+def alone(options: argparse.Namespace, method: str, task: Task, draw: int, rate: float, output: Path) -> Any:
+    """The run's settings, for another method on the new task alone."""
+    found = to_dict(runs.read_settings(options.run))
+    found["training"] |= {
+        "steps": options.steps,
+        "evaluate_every": options.steps,
+        "checkpoint_every": options.steps + 1,
+        "learning_rate": rate,
+        "seed": draw,
+    }
+    return from_dict(found | {"method": method, "baselines": [], "tasks": [grow.spelled(task)], "output": str(output)})
+
+
+def drawn(task: Task, size: int, draw: int, folder: Path) -> Task:
+    """The task on files with `size` training rows, as even over the labels as they come, and all test rows."""
+    data = load(task)
+    rows = data.splits["train"]
+    turns: dict[Any, int] = {}
+    keys = []
+    for place, row in enumerate(order(len(rows), "few-shot", draw)):
+        label = rows.targets[row] if task.kind == "classification" else None
+        turns[label] = turns.get(label, 0) + 1
+        keys.append((turns[label], place, int(row)))
+    chosen = {"train": rows.take(np.array([row for *_, row in sorted(keys)[:size]]))}
+    chosen |= {"validation": data.splits["validation"].take(np.arange(VALIDATION)), "test": data.splits["test"]}
+    columns, labels = task.columns, data.task.labels
+    for name, split in chosen.items():
+        lines = [
+            json.dumps({columns[0]: texts[0], task.target: labels[int(target)] if labels else float(target)})
+            for texts, target in zip(split.texts, split.targets, strict=True)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return replace(data.task, source=Source(**{name: str(folder / f"{name}.jsonl") for name in chosen}))
+
+
+if __name__ == "__main__":
+    main()
