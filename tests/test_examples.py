@@ -47,12 +47,12 @@ def test_ray_serve_answers_as_the_engine(run, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     command = [sys.executable, EXAMPLES / "ray_serve.py", tiny.trained(), "--replicas", "2", "--cpus", "0.5"]
+    # A busy machine takes longer to start Ray's proxy than the 5 s that Ray waits for it.
+    patient = {f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S": "60" for check in ("READY", "HEALTH")}
+    environment = {**os.environ, **patient, "RAY_USAGE_STATS_ENABLED": "0"}
     log = tmp_path / "log"
     with log.open("w") as out:
-        ray = subprocess.Popen(
-            [*command, "--port", str(port)],
-            stdout=out, stderr=out, start_new_session=True, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
-        )  # fmt: skip
+        ray = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=out, env=environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
             until_ready(client, ray, log)
