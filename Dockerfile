@@ -1,4 +1,4 @@
-# A server of one run:  docker build -t unolora . && docker run -p 8000:8000 -v ./runs/quickstart:/run:ro -v ./keys:/keys:ro unolora
+# A server of one run:  docker build -t unolora . && docker run -p 8000:8000 -v ./runs/quickstart:/srv/run:ro -v ./keys:/keys:ro unolora
 FROM python:3.11-slim
 
 # The CPU build; for a GPU give another index, e.g. --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
@@ -18,4 +18,4 @@ HEALTHCHECK --start-period=120s --interval=10s --timeout=5s \
   CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
 # SIGTERM, which `docker stop` sends, answers what was accepted before it stops: give it time (--stop-timeout 70).
 ENTRYPOINT ["unolora", "serve"]
-CMD ["/run", "--host", "0.0.0.0", "--keys", "/keys"]
+CMD ["/srv/run", "--host", "0.0.0.0", "--keys", "/keys"]

@@ -287,7 +287,7 @@ def test_what_is_no_http(run, data):
 
 
 def test_heads_that_are_too_large(run):
-    with live(run) as site:
+    with live(run, receive_timeout=600) as site:  # so that it is the length that ends it
         with closing(raw(site, b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 200_000)) as connection:
             assert everything(connection)[:12] in (b"", b"HTTP/1.1 400")
         assert site.predict(INPUT).status_code == 200

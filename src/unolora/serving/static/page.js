@@ -164,6 +164,12 @@ async function copy(event) {
 
 // --- the form ------------------------------------------------------------------------------------------------------
 
+/** What a task's answers are: its labels, or what its number means. */
+function about(task) {
+  if (!task.labels.length) return task.description || "a number";
+  return task.labels.slice(0, 6).join(", ") + (task.labels.length > 6 ? ", …" : "");
+}
+
 async function load() {
   const found = await ask("/v1/tasks");
   Object.assign(state, { tasks: found.tasks, scales: found.scales });
@@ -174,8 +180,7 @@ async function load() {
   at("choices").replaceChildren(...found.tasks.map((task) => make("label", { title: task.description },
     make("input", { type: "checkbox", id: `task-${task.name}`, checked: "" }),
     make("span", {}, task.name),
-    make("small", {}, task.labels.length ? task.labels.slice(0, 6).join(", ") + (task.labels.length > 6 ? ", …" : "") : "a number"),
-    ...(task.description ? [make("small", { class: "about" }, task.description)] : []))));
+    make("small", {}, about(task)))));
 }
 
 async function submit(event) {
