@@ -244,7 +244,8 @@ def check_same(all_runs: Sequence[Run]) -> None:
     """
     for run in all_runs:
         if (run.folder / "config.yaml").is_file():
-            now, there = (flat(settings) for settings in (run.settings, runs.read_settings(run.folder)))
+            # A run's own file says what `auto` came to.
+            now, there = flat(runs.settled(run.settings)), flat(runs.settled(runs.read_settings(run.folder)))
             odd = sorted(name for name in now if now[name] != there[name] and name not in PLACES)
             if odd:
                 raise InputError(
@@ -400,7 +401,7 @@ def collect(all_runs: Sequence[Run], out: Path) -> None:
             continue
         folder = out / run.name
         folder.mkdir(parents=True, exist_ok=True)
-        settings = to_dict(run.settings)
+        settings = to_dict(runs.read_settings(run.folder))
         backbone = Path(settings["backbone"]).name if Path(settings["backbone"]).is_absolute() else settings["backbone"]
         settings |= {"backbone": backbone, "output": None, "data": {**settings["data"], "root": None}}
         write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

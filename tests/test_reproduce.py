@@ -234,6 +234,22 @@ def test_a_failure_is_told_and_the_others_go_on(call, program, tmp_path):
     assert "4 of 4 runs are in" in call().out
 
 
+def test_a_suite_of_precision_auto_goes_on(call, suite, program, tmp_path):
+    """A run's own file says what it came to."""
+    write_suite(suite, training={"precision": "auto"})
+    call()
+    for path in (tmp_path / "work").glob("*/config.yaml"):
+        found = settings.from_dict(yaml.safe_load(path.read_text()))
+        assert found.training.precision == "auto", "the stand-in writes what it was given"
+        path.write_text(yaml.safe_dump(settings.to_dict(runs.settled(found))))
+    (program / "calls").unlink()
+    shutil.rmtree(tmp_path / "work" / "uno-seed1")
+    call()
+    assert [name for name, kind, _ in calls(program) if kind != "end"] == ["uno-seed1"]
+    kept = yaml.safe_load((tmp_path / "out" / "uno-seed0" / "config.yaml").read_text())["training"]["precision"]
+    assert kept in ("bf16", "fp32")
+
+
 def test_one_driver_at_a_time(call, program, tmp_path):
     """Also while only a run of a driver that was killed goes on."""
     with reproduce.locked(tmp_path / "work") as lock:

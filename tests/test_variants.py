@@ -243,7 +243,7 @@ def test_schedules_scale_each_rate_and_resuming_keeps_it(tmp_path):
 
 
 def averaged(tmp_path, many, **more):
-    steps = {"steps": 12, "evaluate_every": 6, "checkpoint_every": 4, "keep_checkpoints": 3, "average_last": many}
+    steps = {"steps": 12, "evaluate_every": 4, "checkpoint_every": 4, "keep_checkpoints": 3, "average_last": many}
     return training.train(tiny.settings(tmp_path / f"average{many}", training={**steps, **more}))
 
 
@@ -261,12 +261,12 @@ def test_the_mean_of_the_last_checkpoints_is_kept_if_it_is_better(better, tmp_pa
         return write(self, step, weights, *args)
 
     monkeypatch.setattr(training.Checkpoints, "write", keep)
-    scores = iter([0.1, 0.5, 0.6 if better else 0.4])
+    scores = iter([0.1, 0.5, 0.2, 0.6 if better else 0.4])
     monkeypatch.setattr(training.metrics, "average", lambda found: next(scores))
     run = averaged(tmp_path, 2)
-    assert evaluations(run) == [(6, 0.1), (12, 0.5), (12, 0.6 if better else 0.4)]
+    assert evaluations(run) == [(4, 0.1), (8, 0.5), (12, 0.2), (12, 0.6 if better else 0.4)]
     assert list(kept) == [4, 8, 12]
-    expected = {name: (kept[8][name] + kept[12][name]) / 2 if better else kept[12][name] for name in kept[12]}
+    expected = {name: (kept[8][name] + kept[12][name]) / 2 if better else kept[8][name] for name in kept[12]}
     model = runs.load_run(run).model
     compared = 0
     for name, value in model.state_dict().items():
