@@ -41,17 +41,17 @@ SETTINGS: dict[str, Any] = {
     "adapter": {"conditioning": "text"},
     "data": {"max_length": 64},
     "training": {
-        "steps": 160,
+        "steps": 80,
         "batch_size": 32,
         "gradient_accumulation": 4,
         "learning_rate": 3e-3,
-        "evaluate_every": 160,
+        "evaluate_every": 80,
     },
 }
-EXAMPLES = (16, 256)
-DRAWS = 5
-TEST = 400
-VECTOR_STEPS, VECTOR_RATE = 60, 0.02
+EXAMPLES = (16, 128)
+DRAWS = 3
+TEST = 300
+VECTOR_STEPS, VECTOR_RATE = 30, 0.02
 """Of the training of a task vector on the examples, with a head beside it."""
 
 
@@ -82,8 +82,9 @@ def left_out(task: Task, seed: int, folder: Path) -> dict[str, dict[str, list[fl
     """Examples -> scale -> score of each draw."""
     if not (folder / "results.json").is_file():
         others = [name for name in TASKS if name != task.name]
-        settings = SETTINGS | {"tasks": others, "output": str(folder), "overwrite": True}
-        training.train(from_dict(settings | {"training": SETTINGS["training"] | {"seed": seed}}))
+        settings = SETTINGS | {"tasks": others, "output": str(folder)}
+        settings |= {"training": SETTINGS["training"] | {"seed": seed}}
+        training.train(from_dict(settings), resume=(folder / "config.yaml").is_file())
     run = runs.load_run(folder)
     network = run.model.method.backbone.base_model.uno_hypernetwork["default"]
     data = load(task)
