@@ -10,6 +10,7 @@ from torch import nn
 from unolora.vocabulary import OutputLayer, logits_of
 
 TOKENS = torch.tensor([3, 7, 50])
+GROUPS = (TOKENS[:2], TOKENS[2:])
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 SMALL = {"vocab_size": 99, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 HOSTS = {
@@ -62,7 +63,7 @@ def test_they_are_those_of_the_whole_vocabulary(name):
     whole = read()
     assert whole.shape[-1] == 99
     for _ in range(2):  # the first batch is read both ways
-        torch.testing.assert_close(logits_of(model, TOKENS, read), whole[..., TOKENS], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(logits_of(model, GROUPS, read), whole[..., TOKENS], atol=1e-4, rtol=1e-5)
     assert torch.equal(read(), whole), "outside, the model is as it was"
 
 
@@ -73,10 +74,29 @@ def test_nothing_else_is_computed(name):
     model, read = host(name)
     widths = []
     model.get_output_embeddings().register_forward_hook(lambda layer, args, out: widths.append(out.shape[-1]))
-    logits_of(model, TOKENS, read)
+    logits_of(model, GROUPS, read)
     widths.clear()
-    logits_of(model, TOKENS, read)
+    logits_of(model, GROUPS, read)
     assert widths == [3 if name in NARROW else 99]
+
+
+@torch.no_grad()
+def test_a_group_is_the_same_bit_for_bit_whatever_is_beside_it():
+    model = tf.LlamaForCausalLM(
+        tf.LlamaConfig(
+            hidden_size=384, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+            **{**SMALL, "vocab_size": 999},
+        )
+    ).eval()  # fmt: skip
+    ids = torch.randint(3, 999, (5, 7))
+    few, many = torch.arange(40, 43), torch.arange(100, 163)
+
+    def read():
+        return model(input_ids=ids).logits
+
+    alone = logits_of(model, [few], read)
+    assert torch.equal(logits_of(model, [many, few, many + 70], read)[..., 63:66], alone)
+    assert model.lm_head.narrows, "all were computed, so nothing is shown"
 
 
 @torch.no_grad()
@@ -90,7 +110,7 @@ def test_a_model_that_looks_at_its_logits_by_token_computes_all():
         return logits
 
     for _ in range(2):
-        torch.testing.assert_close(logits_of(model, TOKENS, masked), masked()[..., TOKENS])
+        torch.testing.assert_close(logits_of(model, GROUPS, masked), masked()[..., TOKENS])
     assert model.lm_head.narrows is False
 
 
@@ -98,35 +118,35 @@ def test_a_model_that_looks_at_its_logits_by_token_computes_all():
 def test_a_training_model_and_another_layer_compute_all():
     model, read = host("llama")
     model.train()
-    assert torch.equal(logits_of(model, TOKENS, read), read()[..., TOKENS])
+    assert torch.equal(logits_of(model, GROUPS, read), read()[..., TOKENS])
     assert model.lm_head.narrows is None, "tried where dropout may be at work"
     model, read = host("llama")
     model.lm_head = type("Other", (nn.Linear,), {})(32, 99, bias=False)
-    assert torch.equal(logits_of(model, TOKENS, read), read()[..., TOKENS])
+    assert torch.equal(logits_of(model, GROUPS, read), read()[..., TOKENS])
 
 
 @torch.no_grad()
 def test_weights_keep_their_names_and_copies_are_apart():
     model, read = host("llama")
     names = list(model.state_dict())
-    logits_of(model, TOKENS, read)
+    logits_of(model, GROUPS, read)
     assert isinstance(model.lm_head, OutputLayer), "not narrowed, so nothing is shown"
     assert list(model.state_dict()) == names
     other = copy.deepcopy(model)
     other.lm_head.weight.zero_()
-    assert logits_of(other, TOKENS, lambda: other(input_ids=IDS).logits).eq(0).all()
-    assert logits_of(model, TOKENS, read).ne(0).any()
+    assert logits_of(other, GROUPS, lambda: other(input_ids=IDS).logits).eq(0).all()
+    assert logits_of(model, GROUPS, read).ne(0).any()
 
 
 @torch.no_grad()
 def test_an_error_leaves_all_tokens_wanted():
     model, read = host("llama")
     whole = read()
-    logits_of(model, TOKENS, read)
+    logits_of(model, GROUPS, read)
 
     def fails():
         raise KeyError("x")
 
     with pytest.raises(KeyError):
-        logits_of(model, TOKENS, fails)
+        logits_of(model, GROUPS, fails)
     assert torch.equal(read(), whole)

@@ -9,8 +9,8 @@ Scoring. A task's possible answers form a prefix tree of tokens, each ended by t
 log p(answer) is the sum, over the nodes on its way, of log p(its branch | node), among the branches of that node. The
 prediction goes down the likeliest branch from node to node: what greedy generation writes wherever that is an answer.
 
-Axes: B batch, T tokens, L tokens of an answer, R paths of the tree, V vocabulary, W tokens that answers part with,
-K tasks, C answers of a task.
+Axes: B batch, T tokens, L tokens of an answer, R paths of the tree, V vocabulary, W tokens that a task's answers
+part with, K tasks, C answers of a task.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class Tree:
     nodes: list[Node]
     size: int
     """Number of answers: C of the task."""
+    tokens: Tensor
+    """What answers part with, from the lowest [W]."""
     longest: int
     """Tokens of the longest answer, its end token among them."""
 
@@ -82,7 +84,8 @@ class Tree:
             path = next(i for i, path in enumerate(paths) if path[: len(fork)] == fork)
             taken = [branches[fork].index(a[len(fork)]) if a[: len(fork)] == fork else -1 for a in answers]
             nodes.append(Node(path, len(fork), torch.tensor(branches[fork]), torch.tensor(taken)))
-        return cls(paths, nodes, len(answers), max(map(len, answers)))
+        tokens = torch.cat([node.branches for node in nodes]).unique()
+        return cls(paths, nodes, len(answers), tokens, max(map(len, answers)))
 
     @property
     def depth(self) -> int:
@@ -175,14 +178,6 @@ class Answers(nn.Module):
                     )
             self._trees[key] = Tree.of(answers)
         return self._trees[key]
-
-    def branches(self) -> Tensor:
-        """Return the tokens that any task's answers part with, from the lowest [W].
-
-        Those of all tasks, so that a row's result does not depend on which others are in its batch.
-        """
-        nodes = [node.branches for row in range(len(self.tasks)) for node in self.tree(row).nodes]
-        return torch.cat(nodes).unique()
 
     def longest(self, *rows: int) -> int:
         """Tokens of the longest answer of these tasks, of all by default, the end token among them; see `tree`."""
@@ -320,13 +315,14 @@ class TextModel(nn.Module):
             for place, path in enumerate(tree.paths):
                 table[tasks.cpu() == row, place, : len(path)] = torch.tensor(path, dtype=torch.long)
         read = self._read_encoded if self.encodes else self._read_decoder
-        tokens, paths = self.heads.branches().to(tasks.device), table.to(tasks.device)
-        logits = logits_of(model, tokens, lambda: read(model, inputs, paths))  #             [B, R, L + 1, W]
+        paths, wanted = table.to(tasks.device), [tree.tokens.to(tasks.device) for tree in trees.values()]
+        logits = logits_of(model, wanted, lambda: read(model, inputs, paths))  #             [B, R, L + 1, sum of W]
+        columns = logits.split([len(own) for own in wanted], -1)
         C = max(self.heads.tree(row).size for row in range(len(self.heads.tasks)))
         found = torch.full((len(tasks), 1 + C), -torch.inf, dtype=torch.float64, device=tasks.device)
-        for row, tree in trees.items():
+        for (row, tree), own in zip(trees.items(), columns, strict=True):
             rows = (tasks == row).nonzero().squeeze(1)
-            chosen, scores = _walk(tree, logits[rows], tokens)
+            chosen, scores = _walk(tree, own[rows])
             if self.heads.tasks[row].kind == "regression":
                 chosen = torch.tensor(self.heads.values(row), dtype=torch.float64, device=chosen.device)[chosen]
             found[rows, 0] = chosen.double()
@@ -413,18 +409,12 @@ class TextModel(nn.Module):
         return self.method.run(tasks, {"input_ids": input_ids, "attention_mask": attention_mask}, write)
 
 
-def _walk(tree: Tree, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Go through a tree: the greedily chosen answer [b], and log p of all [b, C].
-
-    Args:
-        tree: Of a task.
-        logits: Along its paths [b, R, L + 1, W].
-        tokens: Whose logits they are, from the lowest [W].
-    """
+def _walk(tree: Tree, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Go through a tree: the greedily chosen answer [b], and log p of all [b, C], from logits [b, R, L + 1, W]."""
     scores = logits.new_zeros(len(logits), tree.size, dtype=torch.float32)
     greedy = torch.ones(len(logits), tree.size, dtype=torch.bool, device=logits.device)
     for node in tree.nodes:
-        columns = torch.searchsorted(tokens, node.branches.to(tokens.device))  #              [m]
+        columns = torch.searchsorted(tree.tokens, node.branches).to(logits.device)  #        [m]
         among = logits[:, node.path, node.depth, columns].float().log_softmax(1)  #          [b, m]
         taken = node.taken.to(logits.device)
         passing = (taken >= 0).nonzero().squeeze(1)
