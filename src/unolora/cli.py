@@ -457,7 +457,7 @@ def bench(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="that a median is taken over; default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("benchmarks.md"), help="default: %(default)s")
     about = f"GLUE as JSON lines, a folder a task, for {', '.join(ON_GLUE)}; default: %(default)s"
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/glue"), metavar="FOLDER", help=about)
+    parser.add_argument("--data", type=Path, default=Path("glue"), metavar="FOLDER", help=about)
     parser.add_argument("--figures", type=Path, metavar="HTML", help="draw the measured growth, and nothing else")
     options = parser.parse_args(arguments)
     _quiet_libraries()
