@@ -8,15 +8,14 @@ Draws of several sizes from each task's test rows; the rows of a draw are all di
 from __future__ import annotations
 
 import argparse
-import json
-import warnings
 from pathlib import Path
 
+import measured
 import numpy as np
-import transformers as tf
 
 from unolora import runs
-from unolora.auto import Picker, _encoded
+from unolora.atomic import write_text
+from unolora.auto import Picker, encoded
 from unolora.scoring import read_split
 
 SIZES = (1, 4, 8, 32)
@@ -29,26 +28,23 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.logging.set_verbosity_error()
-    tf.logging.disable_progress_bar()
+    measured.quiet()
     run = runs.load_run(options.run)
     picker = Picker(run)
     names = [task.name for task in run.tasks]
     counts = {}
     for row, name in enumerate(names):
         rows = read_split(run, row, "test")
-        encoded = _encoded(run, row, rows, range(len(rows)))
+        states = encoded(run, row, rows, range(len(rows)))
         random = np.random.default_rng(row)
         for size in SIZES:
             found = np.zeros(len(names), int)
             for _ in range(DRAWS):
-                few = random.choice(len(encoded), size, replace=False)
-                found[int(picker.cosines(encoded[few]).argmax())] += 1
+                few = random.choice(len(states), size, replace=False)
+                found[int(picker.cosines(states[few]).argmax())] += 1
             counts[f"{name} {size}"] = dict(zip(names, found.tolist(), strict=True))
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "scores.json").write_text(json.dumps(counts, indent=1) + "\n")
-    (options.output / "table.md").write_text(table(names, counts))
+    measured.write(options.output, counts)
+    write_text(options.output / "table.md", table(names, counts))
 
 
 def table(names: list[str], counts: dict[str, dict[str, int]]) -> str:

@@ -11,19 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import measured
 import numpy as np
-import transformers as tf
 
 from unolora import grow, runs, training
+from unolora.atomic import write_text
 from unolora.settings import from_dict, to_dict
 from unolora.tasks import Source, Task, get
-from unolora.tasks.rows import load, order
+from unolora.tasks.rows import in_turns, load, order
 
 METHODS = {"add-task": "add-task (row and head)", "lora-shared": "LoRA from scratch", "heads-only": "heads only"}
 RATES = {"add-task": 1e-2, "lora-shared": 3e-3, "heads-only": 1e-2}
@@ -41,19 +41,14 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.logging.set_verbosity_error()
-    tf.logging.disable_progress_bar()
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "scores.json"
-    found: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
-
+    measured.quiet()
+    found: dict[str, float] = measured.read(options.output)
     for draw in range(options.draws):
         for size in options.sizes:
             for method in METHODS:
                 if (key := f"{method} {size} {draw}") not in found:
                     found[key] = fit(options, method, size, draw)
-                    path.write_text(json.dumps(found, indent=1) + "\n")
+                    measured.write(options.output, found)
                     print(key, found[key], flush=True)
     lines = [
         f"| | learning rate | {' | '.join(f'{size} examples' for size in options.sizes)} |",
@@ -65,7 +60,7 @@ def main() -> None:
             values = [found[f"{method} {size} {draw}"] for draw in range(options.draws)]
             cells.append(f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}")
         lines.append(f"| {label} | {RATES[method]:g} | {' | '.join(cells)} |")
-    (options.output / "table.md").write_text("\n".join(lines) + "\n")
+    write_text(options.output / "table.md", "\n".join(lines) + "\n")
 
 
 def fit(options: argparse.Namespace, method: str, size: int, draw: int) -> float:
@@ -99,13 +94,8 @@ def drawn(task: Task, size: int, draw: int, folder: Path) -> Task:
     """The task on files with `size` training rows, as even over the labels as they come, and all test rows."""
     data = load(task)
     rows = data.splits["train"]
-    turns: dict[Any, int] = {}
-    keys = []
-    for place, row in enumerate(order(len(rows), "few-shot", draw)):
-        label = rows.targets[row] if task.kind == "classification" else None
-        turns[label] = turns.get(label, 0) + 1
-        keys.append((turns[label], place, int(row)))
-    chosen = {"train": rows.take(np.array([row for *_, row in sorted(keys)[:size]]))}
+    few = in_turns(rows.targets, order(len(rows), "few-shot", draw), task.kind)[:size]
+    chosen = {"train": rows.take(np.array(few))}
     chosen |= {"validation": data.splits["validation"].take(np.arange(VALIDATION)), "test": data.splits["test"]}
     columns, labels = task.columns, data.task.labels
     for name, split in chosen.items():

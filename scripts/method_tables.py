@@ -19,8 +19,9 @@ from typing import Any
 import readme_tables
 import yaml
 
-from unolora import compare
+from unolora import compare, runs
 from unolora.atomic import write_text
+from unolora.settings import flat
 
 AVERAGE = "mean_of_first_metrics"
 OWN = ("training.seed", "data.root", "output", "overwrite")
@@ -53,18 +54,10 @@ def read(folder: Path, split: str) -> list[Change]:
     for path in sorted(folder.glob("*-seed*/results.json")):
         name, _, seed = path.parent.name.rpartition("-seed")
         value = json.loads(path.read_text(encoding="utf-8"))["averages"][AVERAGE][split]
-        config = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
-        found.setdefault(name, (flat(config), {}))[1][int(seed)] = value
+        settings = {k: v for k, v in flat(runs.read_settings(path.parent)).items() if k not in OWN}
+        found.setdefault(name, (settings, {}))[1][int(seed)] = value
     suite = yaml.safe_load((readme_tables.ROOT / "configs" / f"{folder.name}.yaml").read_text(encoding="utf-8"))
     return [Change(name, *found[name]) for name in suite["methods"] if name in found]
-
-
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as `section.name` -> value, without what is a run's own."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return {name: value for name, value in found.items() if name not in OWN}
 
 
 def difference(change: Change, base: Change) -> compare.Interval | None:
@@ -87,10 +80,11 @@ def verdict(found: compare.Interval | None) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a table; `*` and `|` stand for themselves."""
-    lines = [[str(cell).replace("|", "\\|").replace("*", "\\*") for cell in row] for row in (head, *rows)]
-    rule = ["---"] * len(head)
-    return "".join("| " + " | ".join(row) + " |\n" for row in (lines[0], rule, *lines[1:]))
+    """Write a table of texts."""
+    columns = zip(*rows, strict=True)
+    return compare.as_markdown(
+        [compare.Column(title, "text", list(values)) for title, values in zip(head, columns, strict=True)], []
+    )
 
 
 def paired(folder: Path, split: str, first: str) -> str:

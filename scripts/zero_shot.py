@@ -13,27 +13,26 @@ zero-shot prediction: a head needs examples.
 from __future__ import annotations
 
 import argparse
-import json
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import measured
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-import transformers as tf
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from unolora import grow, metrics, runs, training
+from unolora.atomic import write_text
 from unolora.data import Collator
 from unolora.hypernetwork import encode_sample
 from unolora.layer import scaled_by
 from unolora.settings import from_dict
 from unolora.tasks import Task, get
-from unolora.tasks.rows import load, order
+from unolora.tasks.rows import in_turns, load, order
 
 TASKS = ("spam", "questions", "movies", "products", "tweets", "editorials")
 SETTINGS: dict[str, Any] = {
@@ -63,19 +62,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", choices=TASKS, nargs="+", default=TASKS)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    tf.logging.set_verbosity_error()
-    tf.logging.disable_progress_bar()
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "scores.json"
-    scores: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    measured.quiet()
+    scores: dict[str, Any] = measured.read(options.output)
     for seed in options.seeds:
         for name in options.only:
             if f"{name} {seed}" not in scores:
                 scores[f"{name} {seed}"] = left_out(get(name), seed, options.runs / f"{name}-{seed}")
-                path.write_text(json.dumps(scores, indent=1) + "\n")
+                measured.write(options.output, scores)
                 print(name, seed, summary(scores[f"{name} {seed}"]), flush=True)
-    (options.output / "table.md").write_text(table(scores))
+    write_text(options.output / "table.md", table(scores))
 
 
 def left_out(task: Task, seed: int, folder: Path) -> dict[str, dict[str, list[float]]]:
@@ -124,13 +119,7 @@ def left_out(task: Task, seed: int, folder: Path) -> dict[str, dict[str, list[fl
 
 def examples(task: Task, targets: Any, draw: int) -> list[int]:
     """Rows of a draw: a few of its own, as even over the labels as they come, then those that all draws have."""
-    turns: dict[Any, int] = {}
-    keys = []
-    for place, row in enumerate(order(len(targets), "zero-shot", draw)):
-        label = int(targets[row]) if task.kind == "classification" else None
-        turns[label] = turns.get(label, 0) + 1
-        keys.append((turns[label], place, int(row)))
-    few = [row for *_, row in sorted(keys)[: EXAMPLES[0]]]
+    few = in_turns(targets, order(len(targets), "zero-shot", draw), task.kind)[: EXAMPLES[0]]
     more = [int(row) for row in order(len(targets), "zero-shot", "more") if row not in few]
     return few + more[: EXAMPLES[-1] - len(few)]
 

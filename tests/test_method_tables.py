@@ -23,7 +23,8 @@ def write(folder, name, by_seed, split="validation", **adapter):
         run = folder / f"{name}-seed{seed}"
         run.mkdir(parents=True)
         (run / "results.json").write_text(json.dumps({"averages": {method_tables.AVERAGE: {split: value}}}))
-        config = {"method": "unolora", "adapter": {"r": 8, **adapter}, "training": {"seed": seed, "steps": 3}}
+        own = {"adapter": {"r": 8, **adapter}, "training": {"seed": seed, "steps": 3}}
+        config = {"method": "unolora", "tasks": ["spam"], **own}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
 
 

@@ -20,7 +20,7 @@ import unolora_cli
 from conftest import MIXED, TASKS, VOCAB, WIDTH, apart, backbone, batch, output, rows, settings, training, wake
 from test_grow import TONE, WARMTH, folder, outputs, same
 from test_grow import batches as rows_of
-from unolora import grow, runs, scoring
+from unolora import grow, runs, scoring, words
 from unolora import training as trainer
 from unolora.errors import CheckpointError, InputError
 from unolora.export import export, task_scale
@@ -401,3 +401,23 @@ def test_the_command(tmp_path, capsys):
     assert runs.load_run(out).row("tone") == 3
     assert unolora_cli.main([*given[:-3], str(tmp_path / "x"), "--steps", "2"]) == 2
     assert "there is nothing to learn" in capsys.readouterr().err
+
+
+def test_a_description_longer_than_the_table_of_positions_is_cut_to_it():
+    """RoBERTa counts its positions from behind the padding's, so that it takes two fewer than its table has rows."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = tf.RobertaConfig(
+            vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            max_position_embeddings=12, pad_token_id=1,
+        )  # fmt: skip
+        model = tf.RobertaModel(config).eval()
+
+    class Tokenizer:
+        model_max_length = 10**30
+
+        def __call__(self, text, truncation=False, max_length=None):
+            return {"input_ids": list(range(2, 2 + len(text)))[: max_length if truncation else None]}
+
+    long, fitting = words.encode(model, Tokenizer(), ["x" * 40, "x" * 10])
+    assert torch.equal(long, fitting)

@@ -50,13 +50,13 @@ class Picker:
         for row, task in enumerate(run.tasks):
             rows = read_split(run, row, "train")
             few = order(len(rows), task.name, "auto")[:EXAMPLES].tolist()
-            found.append(_encoded(run, row, rows, few).mean(dim=0))
+            found.append(encoded(run, row, rows, few).mean(dim=0))
         self.tasks = torch.stack(found)  # [K, D]
 
-    def cosines(self, encoded: Tensor) -> Tensor:
+    def cosines(self, states: Tensor) -> Tensor:
         """Compare the mean of encodings [N, D] with each task, [K]."""
         middle = self.tasks.mean(dim=0)
-        return F.cosine_similarity(self.tasks - middle, (encoded.mean(dim=0) - middle).unsqueeze(0))
+        return F.cosine_similarity(self.tasks - middle, (states.mean(dim=0) - middle).unsqueeze(0))
 
     def pick(self, inputs: Sequence[tuple[str, ...]]) -> str:
         """Return the name of the task that inputs [N], all of one task, belong to.
@@ -76,12 +76,12 @@ class Picker:
         length = self.run.settings.data.max_length
         given = Rows(list(inputs), np.zeros(len(inputs)))
         rows = runs.encode_rows(self.run.model, fitting[0], given, self.run.tokenizer, length)
-        cosines = self.cosines(_encoded(self.run, fitting[0], rows, range(len(rows))))
+        cosines = self.cosines(encoded(self.run, fitting[0], rows, range(len(rows))))
         return tasks[max(fitting, key=lambda row: float(cosines[row]))].name
 
 
 @torch.no_grad()
-def _encoded(run: Run, row: int, rows: Encoded, places: Sequence[int]) -> Tensor:
+def encoded(run: Run, row: int, rows: Encoded, places: Sequence[int]) -> Tensor:
     """Return the mean last states of rows under the bare backbone, [N, D]."""
     backbone: Any = run.model.method.backbone
     collate, device = Collator(run.tokenizer), next(run.model.parameters()).device

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from unolora.metrics import scored_on
 from unolora.settings import Settings
 from unolora.tasks import Task
 
@@ -18,7 +19,7 @@ def model_card(settings: Settings, tasks: Sequence[Task], results: Mapping[str, 
         results: What results.json holds.
     """
     unolora = results["method"] == "unolora"
-    split = scored_on(results)
+    split = scored_on(results["averages"])
     heads = "; `heads.safetensors` holds the heads" if results["parameters"]["heads"] else ""
     usage = _USAGE.format(first=tasks[0].name) if unolora else "`unolora.runs.load_run(FOLDER)` reads it.\n"
     return (
@@ -48,13 +49,8 @@ states = model(**batch, tasks="{first}")
 """
 
 
-def scored_on(results: Mapping[str, Any]) -> str:
-    """Return the split that a run's scores are told of: test, or validation where the test split was left alone."""
-    return "test" if "test" in results["averages"]["mean_of_first_metrics"] else "validation"
-
-
 def _scores(results: Mapping[str, Any]) -> str:
-    split = scored_on(results)
+    split = scored_on(results["averages"])
     splits = list(dict.fromkeys(("validation", split)))
     lines = [
         f"| task | metric | {' | '.join(splits)} | a constant, {split} |",
@@ -81,7 +77,7 @@ def _tasks(tasks: Sequence[Task], results: Mapping[str, Any]) -> str:
 
 
 def _limits(settings: Settings, results: Mapping[str, Any]) -> str:
-    split = scored_on(results)
+    split = scored_on(results["averages"])
     below = [
         task["name"]
         for task in results["tasks"]

@@ -503,7 +503,7 @@ def _train_settings(arguments: list[str]) -> tuple[run_settings.Settings, Path |
     for path in _config_files(arguments):
         given = runs.read_yaml(path)
         run_settings.check_keys(given)  # with near misses, which the parser does not have
-        start = start or [given[key] for key in ("preset",) if key in given]
+        start = start or ([given["preset"]] if "preset" in given else [])
         root, name = path.parent, path.resolve().parent.name if path.stem == "config" else path.stem
     if start:  # as defaults, so that the file and the flags win
         below = run_settings.preset(start[-1])
@@ -574,9 +574,9 @@ def _lines(path: Path | None) -> list[str]:
 
 
 def _scores(results: Sequence[dict[str, Any]]) -> Table:
-    from unolora.card import scored_on
+    from unolora.metrics import scored_on
 
-    split = scored_on(results[0])
+    split = scored_on(results[0]["averages"])
     table = Table(f"{split} split", "score", "constant", *(found["label"] for found in results))
     for place, task in enumerate(results[0]["tasks"]):
         metric = task["score_metric"]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from unolora import charts
 from unolora import runs as run_folders
 from unolora.errors import InputError, unknown
+from unolora.metrics import scored_on
 from unolora.settings import flat
 
 AVERAGES = ("mean_of_first_metrics", "mean_of_task_means", "mean_of_metrics")
@@ -171,8 +172,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 def _run(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Take what is compared out of results.json."""
-    tested = any("test" in average for average in document["averages"].values())
-    splits = SPLITS if tested else ("validation",)
+    splits = SPLITS if scored_on(document["averages"]) == "test" else ("validation",)
     tasks = {
         str(task["name"]): {
             "score_metric": str(task["score_metric"]),

@@ -36,7 +36,7 @@ from unolora.hypernetwork import encode_sample
 from unolora.runs import Model, Run
 from unolora.settings import Settings, to_dict
 from unolora.tasks import TASKS, Task, get
-from unolora.tasks.rows import TaskData, order
+from unolora.tasks.rows import TaskData, in_turns, order
 from unolora.text import Answers, TextModel
 from unolora.training import MultiTaskTrainer, checkpoints_of, entries, fit
 
@@ -308,13 +308,7 @@ def _fewer(data: TaskData, examples: int | None, seed: int) -> TaskData:
     if examples is None or examples >= len(train):
         return data
     drawn = order(len(train), task.name, seed, "examples")
-    turns: dict[Any, int] = {}  # label -> how many of it were drawn
-    keys = []
-    for place, row in enumerate(drawn):
-        label = train.targets[row] if task.kind == "classification" else None
-        turns[label] = turns.get(label, 0) + 1
-        keys.append((turns[label], place, row))
-    chosen = np.array(sorted(row for _, _, row in sorted(keys)[:examples]))
+    chosen = np.array(sorted(in_turns(train.targets, drawn, task.kind)[:examples]))
     return replace(data, splits={**data.splits, "train": train.take(chosen)})
 
 

@@ -174,6 +174,15 @@ def worst(task: Task, targets: ArrayLike, predictions: ArrayLike, confidence: Ar
     return rows[np.argsort(-np.nan_to_num(sure[rows]), kind="stable")].tolist()
 
 
+def scored_on(averages: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the split that a run's scores are told of: test, or validation where the test split was left alone.
+
+    Args:
+        averages: Of its results, name -> split -> value.
+    """
+    return "test" if any("test" in average for average in averages.values()) else "validation"
+
+
 def averages(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Average the scores of several tasks in three ways, each under its own name.
 

@@ -39,13 +39,14 @@ from unolora.errors import CheckpointError, InputError, unknown
 from unolora.fused import replace_dropout
 from unolora.heads import Moments, MultiTaskModel, TaskHeads
 from unolora.methods import METHODS
-from unolora.methods.method import Method, positions
+from unolora.methods.method import Method
 from unolora.processes import spread
 from unolora.settings import Settings
 from unolora.tasks import Task
 from unolora.tasks.files import one_line
 from unolora.tasks.rows import Rows, StreamedRows, TaskData, load
 from unolora.text import Answers, TextModel, encode_text
+from unolora.words import positions
 
 NO_GENERATION = "`scoring: generation` needs answers that are text; heads write nothing, so leave it out"
 

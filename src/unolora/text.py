@@ -48,8 +48,8 @@ class Node:
     """Which of the tree's paths goes through it."""
     depth: int
     """Tokens of the path before it."""
-    branches: Tensor
-    """The tokens that may follow [m]."""
+    columns: Tensor
+    """The tokens that may follow, as places in the tree's `tokens` [m]."""
     taken: Tensor
     """Of each answer the branch that it takes, -1 if it does not pass here [C]."""
 
@@ -79,12 +79,13 @@ class Tree:
                     following.append(token)
         forks = [prefix for prefix, following in branches.items() if len(following) > 1]
         paths = [fork for fork in forks if not any(other[: len(fork)] == fork and other != fork for other in forks)]
+        tokens = torch.tensor([token for fork in forks for token in branches[fork]]).unique()
         nodes = []
         for fork in forks:
             path = next(i for i, path in enumerate(paths) if path[: len(fork)] == fork)
             taken = [branches[fork].index(a[len(fork)]) if a[: len(fork)] == fork else -1 for a in answers]
-            nodes.append(Node(path, len(fork), torch.tensor(branches[fork]), torch.tensor(taken)))
-        tokens = torch.cat([node.branches for node in nodes]).unique()
+            columns = torch.searchsorted(tokens, torch.tensor(branches[fork]))
+            nodes.append(Node(path, len(fork), columns, torch.tensor(taken)))
         return cls(paths, nodes, len(answers), tokens, max(map(len, answers)))
 
     @property
@@ -414,8 +415,7 @@ def _walk(tree: Tree, logits: Tensor) -> tuple[Tensor, Tensor]:
     scores = logits.new_zeros(len(logits), tree.size, dtype=torch.float32)
     greedy = torch.ones(len(logits), tree.size, dtype=torch.bool, device=logits.device)
     for node in tree.nodes:
-        columns = torch.searchsorted(tree.tokens, node.branches).to(logits.device)  #        [m]
-        among = logits[:, node.path, node.depth, columns].float().log_softmax(1)  #          [b, m]
+        among = logits[:, node.path, node.depth, node.columns.to(logits.device)].float().log_softmax(1)  # [b, m]
         taken = node.taken.to(logits.device)
         passing = (taken >= 0).nonzero().squeeze(1)
         scores[:, passing] += among[:, taken[passing]]

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from unolora.errors import InputError
 from unolora.hypernetwork import encode_sample
 
+NO_END = 10**9  # tokens; a tokenizer without a limit says more
+
 
 class Descriptions(nn.Module):
     """Gives e_task [B, d] for tasks [B] that have descriptions.
@@ -99,6 +101,16 @@ def width(model: nn.Module) -> int:
     return found
 
 
+def positions(backbone: nn.Module) -> int | None:
+    """Return how many tokens a backbone's table of positions takes, or None where it has no end."""
+    limit: int | None = getattr(backbone.config, "max_position_embeddings", None)
+    for name, module in backbone.named_modules():
+        offset = getattr(module, "padding_idx", None)
+        if limit and name.endswith("position_embeddings") and offset is not None:
+            limit -= offset + 1  # RoBERTa counts from there
+    return limit
+
+
 @torch.no_grad()
 def encode(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Return the mean last state of each text [N, D], in float32. Adapters and dropout are for the caller to turn off.
@@ -106,8 +118,8 @@ def encode(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     Raises:
         InputError: A text has no tokens.
     """
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 10**9)
-    cut = {"truncation": True, "max_length": limit} if limit < 10**9 else {}
+    limit = min(tokenizer.model_max_length, positions(model) or NO_END)
+    cut = {"truncation": True, "max_length": limit} if limit < NO_END else {}
     reader = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
     device = next(model.parameters()).device
     found = []

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from unolora.bench.lengths import LONGEST, LONGEST_ANSWER, read_glue, t5_small
-from unolora.bench.timing import Line, Times, interleaved, line
+from unolora.bench.lengths import LONGEST_ANSWER, read_glue, t5_small, widened
+from unolora.bench.timing import Line, interleaved, line
 
 BATCH = 16
 """Rows of a forward."""
@@ -82,8 +82,7 @@ def scoring(rounds: int, glue: Path) -> list[Line]:
         },
         rounds,
     )
-    share = len(rows) / len(few)
-    times[wide] = Times(*([share * seconds for seconds in kind] for kind in (times[wide].wall, times[wide].cpu)))
+    times[wide] = times[wide].times(len(rows) / len(few))
     note = f"times as fast; {len(rows)} rows of {len(splits)} tasks, batches of {BATCH}"
     return [
         line(times, ours, plain, ">= 1.5", note, faster=True),
@@ -106,8 +105,4 @@ def batches(rows: Sequence[Row], collate: Any, *, wide: bool) -> Iterator[dict[s
     """Yield batches of rows as they come, padded to their longest, or to what the authors pad to."""
     for start in range(0, len(rows), BATCH):
         batch = collate(rows[start : start + BATCH])
-        if wide:
-            more = LONGEST - batch["input_ids"].shape[1]
-            for name in ("input_ids", "attention_mask"):
-                batch[name] = torch.nn.functional.pad(batch[name], (0, more))
-        yield batch
+        yield {**batch, **widened(batch)} if wide else batch

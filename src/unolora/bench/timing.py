@@ -60,6 +60,10 @@ class Times:
     wall: list[float]
     cpu: list[float]
 
+    def times(self, factor: float) -> Times:
+        """Return what as many times the work takes, where a part of it was timed."""
+        return Times([factor * seconds for seconds in self.wall], [factor * seconds for seconds in self.cpu])
+
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
     """Time functions in turns, after one call of each that does not count.

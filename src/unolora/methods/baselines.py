@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from unolora.config import UnoLoraConfig
 from unolora.errors import InputError, unknown
 from unolora.layer import scaling
-from unolora.methods.method import Method, positions
+from unolora.methods.method import Method
+from unolora.words import positions
 
 if TYPE_CHECKING:
     from unolora.settings import Adapter, Settings

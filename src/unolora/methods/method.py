@@ -86,16 +86,6 @@ class Method(nn.Module):
         return self.run(tasks, inputs, lambda backbone, given, _: backbone(**given).last_hidden_state[:, -length:])
 
 
-def positions(backbone: nn.Module) -> int | None:
-    """Return how many tokens a backbone's table of positions takes, or None where it has no end."""
-    limit: int | None = getattr(backbone.config, "max_position_embeddings", None)
-    for name, module in backbone.named_modules():
-        offset = getattr(module, "padding_idx", None)
-        if limit and name.endswith("position_embeddings") and offset is not None:
-            limit -= offset + 1  # RoBERTa counts from there
-    return limit
-
-
 def tasks_of_rows(x: Tensor, tasks: Tensor) -> Tensor:
     """Return the task of each row of a layer's input or output.
 

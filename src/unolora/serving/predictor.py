@@ -14,13 +14,13 @@ from torch import Tensor
 from unolora.data import Collator
 from unolora.errors import InputError
 from unolora.layer import current_scales
-from unolora.methods.method import positions
 from unolora.model import UnoLoraModel
 from unolora.runs import Run
 from unolora.scoring import Row, predict_rows, text_rows
 from unolora.serving.batching import Size
 from unolora.tasks import Task
 from unolora.text import TextModel
+from unolora.words import positions
 
 Input = tuple[str, str | Sequence[str]]
 """The name of a task, and one text, or two for a task on pairs."""

@@ -278,6 +278,23 @@ def order(count: int, *key: object) -> Integers:
     return np.argsort(stream.random_raw(count), kind="stable")
 
 
+def in_turns(targets: npt.NDArray[Any], drawn: Iterable[int], kind: str) -> list[int]:
+    """Order the rows of a draw so that the first few, however many, are as even over the labels as they come.
+
+    Args:
+        targets: Of all rows; numbers of a regression are not told apart.
+        drawn: Rows in the order of the draw, as `order` gives them.
+        kind: Of the task.
+    """
+    turns: dict[Any, int] = {}  # label -> how many of it were drawn
+    keys = []
+    for place, row in enumerate(drawn):
+        label = targets[row] if kind == "classification" else None
+        turns[label] = turns.get(label, 0) + 1
+        keys.append((turns[label], place, int(row)))
+    return [row for *_, row in sorted(keys)]
+
+
 def cut(groups: Integers, absent: Sequence[str], *key: object) -> dict[str, Integers]:
     """Cut a tenth of the rows for each absent split; the rest is `train`.
 
