@@ -16,6 +16,9 @@ split; the rate with the best validation average is the one of its runs:
 
 OUT/tuning.json then holds what each rate reached. A suite whose settings say `training.test: false` is about validation
 altogether, and so is its table.
+
+Where WORK is gone, or on another machine, `--restore` goes on from what OUT has: its runs, and its trials in
+OUT/trials, count as finished if their settings are the suite's.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from typing import Any
 import yaml
 
 from unolora import compare, runs
-from unolora.atomic import write_json, write_text
+from unolora.atomic import new_folder, write_json, write_text
 from unolora.errors import InputError, unknown
 from unolora.settings import Settings, flat, from_dict, merged, to_dict
 
@@ -50,6 +53,7 @@ VERSIONS = ("unolora", "torch", "transformers", "peft", "python")
 PLACES = ("output", "overwrite", "data.root")
 GIVEN_HERE = (*PLACES, "baselines", "training.seed")
 AVERAGE = "mean_of_first_metrics"
+TRIALS = "trials"  # folder in OUT
 
 
 @dataclass
@@ -83,6 +87,11 @@ class Run:
     def finished(self) -> bool:
         """Whether it has results."""
         return (self.folder / "results.json").is_file()
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing to train: it has results or, of a learning rate to try, diverged: an answer too."""
+        return self.finished or (self.diverged and not self.settings.training.test)
 
     def results(self) -> dict[str, Any]:
         """Read them."""
@@ -268,9 +277,8 @@ class Process:
 
     @property
     def well(self) -> bool:
-        """Whether it ended as it should; of a learning rate to try, diverging is an answer too."""
-        tried = self.run.diverged and not self.run.settings.training.test
-        return (self.popen.returncode == 0 and self.run.finished) or tried
+        """Whether it ended as it should."""
+        return self.run.over and (self.popen.returncode == 0 or not self.run.finished)
 
 
 def start(run: Run, threads: int, lock: int) -> Process:
@@ -397,18 +405,37 @@ def duration(seconds: float) -> str:
 def collect(all_runs: Sequence[Run], out: Path) -> None:
     """Copy the numbers of finished runs to OUT, without weights and without the names of this machine's folders."""
     for run in all_runs:
-        if not run.finished:
+        if not run.over:
             continue
         folder = out / run.name
         folder.mkdir(parents=True, exist_ok=True)
         settings = to_dict(runs.read_settings(run.folder))
-        backbone = Path(settings["backbone"]).name if Path(settings["backbone"]).is_absolute() else settings["backbone"]
+        backbone = _without_place(settings["backbone"])
         settings |= {"backbone": backbone, "output": None, "data": {**settings["data"], "root": None}}
         write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        write_json(folder / "results.json", run.results() | {"backbone": backbone})
         environment = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
         write_json(folder / "environment.json", {name: environment[name] for name in VERSIONS})
+        if not run.finished:
+            write_json(folder / "not-finite.json", [])  # without its rows, which are data
+            continue
+        write_json(folder / "results.json", run.results() | {"backbone": backbone})
         shutil.copyfile(run.folder / "metrics.jsonl", folder / "metrics.jsonl")
+
+
+def _without_place(backbone: str) -> str:
+    return Path(backbone).name if Path(backbone).is_absolute() else backbone
+
+
+def restore(all_runs: Sequence[Run], out: Path) -> None:
+    """Copy the numbers of runs that OUT has, and WORK has nothing of, back to where `collect` found them."""
+    for run in all_runs:
+        if not run.folder.exists() and (out / run.name / "config.yaml").is_file():
+            with new_folder(run.folder) as folder:
+                shutil.copytree(out / run.name, folder, dirs_exist_ok=True)
+                settings = runs.read_yaml(folder / "config.yaml", "OUT is damaged")
+                if settings["backbone"] == _without_place(run.settings.backbone):
+                    settings["backbone"] = run.settings.backbone
+                write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def write_tuning(suite: Suite, out: Path) -> None:
@@ -452,6 +479,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores; default: 1")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="train these of the suite's methods only")
     parser.add_argument("--tune-only", action="store_true", help="stop when the learning rates are chosen")
+    parser.add_argument("--restore", action="store_true", help="take what OUT has, and WORK has not, for trained")
     parser.add_argument("--collect", action="store_true", help="train nothing, gather what is finished")
     options = parser.parse_args(arguments)
     try:
@@ -476,6 +504,9 @@ def reproduce(options: argparse.Namespace) -> int:
     if options.tune_only and not trials:
         raise InputError(f"{options.config} has no section `tune`, so there is nothing that --tune-only could train")
     failed = 0
+    if options.restore:
+        restore(trials, options.out / TRIALS)
+        restore(suite.runs, options.out)
     if options.collect:
         check_same([*trials, *tuned(suite)])
     else:
@@ -496,6 +527,7 @@ def gather(suite: Suite, out: Path) -> None:
     if suite.trials:
         out.mkdir(parents=True, exist_ok=True)
         write_tuning(suite, out)
+        collect([trial for each in suite.trials.values() for trial in each], out / TRIALS)
     ready = tuned(suite)
     collect(ready, out)
     finished = sum(run.finished for run in ready)
@@ -509,7 +541,7 @@ def train_missing(all_runs: Sequence[Run], what: str, jobs: int, lock: int) -> i
     if not all_runs:
         return 0
     check_same(all_runs)
-    over = [run for run in all_runs if run.finished or (run.diverged and not run.settings.training.test)]
+    over = [run for run in all_runs if run.over]
     todo = [run for run in all_runs if run not in over]
     print(
         f"{len(todo)} of {len(all_runs)} {what} to train in {all_runs[0].folder.parent}, {jobs} at a time", flush=True

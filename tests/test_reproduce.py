@@ -459,6 +459,41 @@ def test_gathering_again_changes_nothing(call, program, tmp_path):
     assert before == {path: path.read_bytes() for path in files(tmp_path / "out")}
 
 
+def test_a_suite_goes_on_from_what_was_gathered_elsewhere(call, tuned, suite, tmp_path):
+    (tuned / "diverge-uno-rate0.25").touch()
+    call("--tune-only")
+    call("--methods", "heads")
+    out, work = tmp_path / "out", tmp_path / "work"
+    kept = {path: path.read_bytes() for path in files(out)}
+    assert begun(tuned) == [*TRIALS, "heads-seed0", "heads-seed1"]
+    assert (out / "trials" / "uno-rate0.25" / "not-finite.json").read_text() == "[]\n"
+
+    shutil.rmtree(work)
+    call("--restore", "--collect")
+    assert not (tuned / "calls").exists()
+    assert {path: path.read_bytes() for path in files(out)} == kept
+    call("--restore")
+    assert begun(tuned) == ["uno-seed0", "uno-seed1"]
+    again = {path: path.read_bytes() for path in files(out)}
+    assert {path: again[path] for path in kept if path.name != "table.md"} == (
+        {path: data for path, data in kept.items() if path.name != "table.md"}
+    )
+
+    shutil.rmtree(work)
+    found = yaml.safe_load(suite.read_text())
+    found["methods"]["uno"]["adapter"]["r"] = 2
+    suite.write_text(yaml.safe_dump(found, sort_keys=False))
+    assert "uno-rate0.25 was trained with other settings (adapter.r)" in call("--restore", code=2).err
+
+
+def test_without_being_told_to_a_suite_does_not_believe_what_was_gathered(call, program, tmp_path):
+    call()
+    (program / "calls").unlink()
+    shutil.rmtree(tmp_path / "work")
+    call()
+    assert {run for run, _, _ in calls(program)} == {f"{method}-seed{seed}" for method in METHODS for seed in (0, 1)}
+
+
 def test_gathering_nothing(call):
     assert "none of the suite's runs is finished; train them without --collect" in call("--collect", code=2).err
 
