@@ -50,17 +50,24 @@ def main() -> None:
                     found[key] = fit(options, method, size, draw)
                     measured.write(options.output, found)
                     print(key, found[key], flush=True)
+    write_text(options.output / "table.md", table(found))
+
+
+def table(found: dict[str, float]) -> str:
+    """Return means and standard deviations over draws, a line for each method."""
+    values: dict[str, list[float]] = {}
+    for key, score in found.items():
+        values.setdefault(key.rpartition(" ")[0], []).append(score)
+    sizes = sorted({int(key.split()[1]) for key in values})
     lines = [
-        f"| | learning rate | {' | '.join(f'{size} examples' for size in options.sizes)} |",
-        f"| --- | --- |{' --- |' * len(options.sizes)}",
+        f"| | learning rate | {' | '.join(f'{size} examples' for size in sizes)} |",
+        f"| --- | --- |{' --- |' * len(sizes)}",
     ]
     for method, label in METHODS.items():
-        cells = []
-        for size in options.sizes:
-            values = [found[f"{method} {size} {draw}"] for draw in range(options.draws)]
-            cells.append(f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}")
+        drawn = [values[f"{method} {size}"] for size in sizes]
+        cells = [f"{np.mean(each):.3f} ± {np.std(each, ddof=1):.3f}" for each in drawn]
         lines.append(f"| {label} | {RATES[method]:g} | {' | '.join(cells)} |")
-    write_text(options.output / "table.md", "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def fit(options: argparse.Namespace, method: str, size: int, draw: int) -> float:

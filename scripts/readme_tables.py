@@ -1,7 +1,8 @@
-"""Put the tables of results/ between their marks in README.md and docs/method.md: `python scripts/readme_tables.py`.
+"""Put the tables of results/ between their marks in README.md and docs/: `python scripts/readme_tables.py`.
 
-A place is marked `<!-- table: NAME -->` ... `<!-- end -->`; results/NAME/table.md, which scripts/reproduce.py writes,
-holds the table. `<!-- table: NAME/OTHER -->` is for results/NAME/OTHER.md, which scripts/method_tables.py writes.
+A place is marked `<!-- table: NAME -->` ... `<!-- end -->`; results/NAME/table.md, which scripts/reproduce.py or
+another script that measures writes, holds the table. `<!-- table: NAME/OTHER -->` is for results/NAME/OTHER.md, which
+scripts/method_tables.py writes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md", ROOT / "docs" / "tasks.md")
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -26,8 +27,7 @@ def filled(text: str, results: Path) -> str:
     def table(place: re.Match[str]) -> str:
         path = results / (f"{place[2]}.md" if "/" in place[2] else f"{place[2]}/table.md")
         if not path.is_file():
-            writer = "method_tables.py" if "/" in place[2] else "reproduce.py"
-            raise SystemExit(f"{path}: no such file; scripts/{writer} writes it")
+            raise SystemExit(f"{path}: no such file; a script of the same folder as this one writes it")
         text = path.read_text(encoding="utf-8")
         return f"{place[1]}\n{only_table(text) or text}\n{place[3]}"
 

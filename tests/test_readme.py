@@ -105,7 +105,7 @@ def test_tables_go_between_their_marks(results):
 
 
 def test_a_table_that_is_not_there(results):
-    with pytest.raises(SystemExit, match=r"two/table\.md: no such file; scripts/reproduce\.py writes it"):
+    with pytest.raises(SystemExit, match=r"two/table\.md: no such file; a script"):
         readme_tables.filled("<!-- table: two -->\n<!-- end -->", results)
 
 
