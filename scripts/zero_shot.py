@@ -25,7 +25,7 @@ import torch.nn.functional as F  # noqa: N812
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from unolora import grow, metrics, runs, training
+from unolora import compare, grow, metrics, runs, training
 from unolora.atomic import write_text
 from unolora.data import Collator
 from unolora.hypernetwork import encode_sample
@@ -226,17 +226,25 @@ def summary(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, flo
 
 
 def table(scores: dict[str, Any]) -> str:
-    """Return means over draws and seeds, a line for each task and number of examples."""
+    """Return means over draws and seeds, a line for each task and number of examples.
+
+    Then, over tasks, how far the description is ahead of each other scale, with 95 % intervals.
+    """
     tasks = [task for task in TASKS if any(key.startswith(f"{task} ") for key in scores)]
-    lines = []
+    means: dict[tuple[str, str], dict[str, float]] = {}
     for task in tasks:
         for n in map(str, EXAMPLES):
             shown = [columns(found[n]) for key, found in scores.items() if key.startswith(f"{task} ")]
-            cells = [f"{np.mean([np.mean(found[name]) for found in shown]):.3f}" for name in shown[0]]
-            if not lines:
-                lines = [f"| task left out, examples of the head | {' | '.join(shown[0])} |"]
-                lines += [f"| --- |{' ---: |' * len(cells)}"]
-            lines.append(f"| {task}, {n} | {' | '.join(cells)} |")
+            means[task, n] = {name: float(np.mean([np.mean(found[name]) for found in shown])) for name in shown[0]}
+    names = list(next(iter(means.values())))
+    lines = [f"| task left out, examples of the head | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+    for (task, n), found in means.items():
+        lines.append(f"| {task}, {n} | {' | '.join(f'{value:.3f}' for value in found.values())} |")
+    for n in map(str, EXAMPLES):
+        apart = [compare.interval([means[t, n][names[0]] - means[t, n][name] for t in tasks]) for name in names[1:]]
+        cells = [f"{each.mean:+.3f} ± {each.half:.3f}" for each in apart if each and each.half is not None]
+        if cells:
+            lines.append(f"| description ahead of it, {n} | {' | '.join([compare.NOTHING, *cells])} |")
     return "\n".join(lines) + "\n"
 
 

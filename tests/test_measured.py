@@ -56,6 +56,12 @@ def test_zero_shot_cells_are_means_over_draws_and_seeds():
     ways = ("description", "mean", "nearest", "trained on 16", "old b", "old a", "no adapter")
     wanted = [np.mean(of_n[name]) + 0.05 for name in ways]
     assert [float(cell) for cell in cells[1:]] == pytest.approx(wanted, abs=6e-4)
+    assert "ahead" not in zero_shot.table(found)  # one task has no interval
+
+    higher = {name: [value + 0.3 * (name == "description") for value in of] for name, of in of_n.items()}
+    found["movies 0"] = {"16": higher, "128": of_n}
+    cells = zero_shot.table(found).splitlines()[-2].strip("| ").split(" | ")
+    assert cells[:3] == ["description ahead of it, 16", "\u2013", "+0.050 ± 1.906"]  # of -0.1 and +0.2
 
 
 def test_scores_that_are_damaged_are_not_lost(tmp_path):
