@@ -390,7 +390,7 @@ def test_hyperformers_weights_are_written_from_task_layer_and_place(family):
     model, inputs = awake("hyperformer", family), tokens(family)
     E, width = 8, model.backbone.config.hidden_size
     for stack, layers in model.places.items():
-        network = model.networks[stack]
+        network = model.hypernetworks[stack]
         for layer, place in ((0, 1), (1, 0)):
             seen = []
             name = layers[layer][place]

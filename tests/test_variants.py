@@ -217,6 +217,14 @@ def test_learning_rates_apart_of_rivals(method, expected, tmp_path):
     assert set(found) == expected
 
 
+def test_hyperformer_s_networks_have_the_hypernetwork_s_rate(tmp_path):
+    found, trainer = groups(tmp_path, "hyperformer", **APART)
+    assert set(found) == {0.01, 0.005}
+    own = {name for name, _ in trainer.model.named_parameters() if ".hypernetworks." in name}
+    assert own
+    assert set(found[0.005]) == own
+
+
 def test_ratios_of_one_leave_the_optimiser_alone():
     model = torch.nn.Linear(2, 2)
     optimiser = torch.optim.AdamW(model.parameters())

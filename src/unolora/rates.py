@@ -1,7 +1,8 @@
 """Learning rates apart, in multiples of the one that all else has: of the B's, and of the hypernetwork.
 
 B, which starts at zero, may learn faster than A (LoRA+, Hayou et al. 2024). The B's are those of UnoLoRA and of PEFT's
-LoRA; other methods have one rate for everything.
+LoRA, the hypernetworks those of UnoLoRA* and of HyperFormer++. The latter writes each weight as a sum of many products,
+which all move in a step: at one rate for everything its adapters run away long before its heads have learned.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import Optimizer
 
-UPS, HYPERNETWORK = ("uno_B", "lora_B"), "uno_hypernetwork"
+UPS, HYPERNETWORKS = ("uno_B", "lora_B"), ("uno_hypernetwork", "hypernetworks")
 
 
 def part(optimizer: Optimizer, model: nn.Module, of_b: float, of_hypernetwork: float) -> None:
@@ -35,6 +36,6 @@ def part(optimizer: Optimizer, model: nn.Module, of_b: float, of_hypernetwork: f
 
 def _ratio(name: str, of_b: float, of_hypernetwork: float) -> float:
     parts = name.split(".")
-    if HYPERNETWORK in parts:
+    if any(network in parts for network in HYPERNETWORKS):
         return of_hypernetwork
     return of_b if any(up in parts for up in UPS) else 1.0

@@ -138,7 +138,7 @@ class Training:
     b_rate_ratio: float = 1.0
     """learning rate of the B's of UnoLoRA and LoRA, in multiples of learning_rate (LoRA+)"""
     hypernetwork_rate_ratio: float = 1.0
-    """learning rate of UnoLoRA*'s hypernetwork, in multiples of learning_rate"""
+    """learning rate of the hypernetwork of UnoLoRA* or HyperFormer++, in multiples of learning_rate"""
     weight_decay: float = 0.01
     """decoupled weight decay, not on biases and norms"""
     warmup_steps: int = 0

@@ -78,7 +78,7 @@ class HyperFormer(Method):
         E, width = rivals.hyperformer_embedding_dim, config.hidden_size
         self.places = places(backbone)
         self.task_embedding = nn.Embedding(len(tasks), E)
-        self.networks = nn.ModuleDict(
+        self.hypernetworks = nn.ModuleDict(
             {
                 stack: AdapterNetwork(width, rivals.hyperformer_dim, E, len(layers))
                 for stack, layers in self.places.items()
@@ -86,7 +86,7 @@ class HyperFormer(Method):
         )
         device = next(backbone.parameters()).device
         self.task_embedding.to(device)
-        self.networks.to(device)
+        self.hypernetworks.to(device)
         for module in backbone.modules():
             if type(module).__name__.endswith("Norm"):
                 module.requires_grad_(True)
@@ -98,7 +98,7 @@ class HyperFormer(Method):
         embedded = self.task_embedding(distinct)  #                        [U, E]
         with ExitStack() as hooks:
             for stack, layers in self.places.items():
-                weights = self.networks[stack](embedded)
+                weights = self.hypernetworks[stack](embedded)
                 for layer, names in enumerate(layers):
                     for place, name in enumerate(names):
                         own = {part: value[:, layer, place] for part, value in weights.items()}
