@@ -16,7 +16,7 @@ import yaml
 
 import tiny
 import unolora_cli
-from unolora import cli, runs, training
+from unolora import cli, run_folder, runs, training
 from unolora.settings import Adapter, Data, Sampling, Settings, Training
 from unolora.tasks import TASKS
 
@@ -173,7 +173,7 @@ def test_checkpoints_follow_the_evaluations(tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     settings, root, _ = cli._train_settings([str(tmp_path / "mine.yaml"), "--training.evaluate_every", "2"])
     seen = []
-    look = tiny.Watch(lambda step: seen.append((step, training.last_checkpoint(tmp_path / "run"))))
+    look = tiny.Watch(lambda step: seen.append((step, run_folder.last_checkpoint(tmp_path / "run"))))
     training.train(settings, root=root, progress=lambda label, trainer: look)
     assert [path and path.name for step, path in seen if step < 6] == [None, None, *["step-000002"] * 2, "step-000004"]
 
@@ -244,7 +244,7 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on(call, tmp_path):
     last = error.decode().strip().splitlines()[-1]
     step = int(re.fullmatch(rf"stopped at step (\d+); go on with `unolora train --resume {run}`", last)[1])
     assert 0 < step < 120
-    assert training.last_checkpoint(run).name == f"step-{step:06d}"
+    assert run_folder.last_checkpoint(run).name == f"step-{step:06d}"
     assert not (run / "results.json").exists()
     call("train", "--resume", run)
     whole = training.train(tiny.settings(tmp_path / "whole" / "run", method="heads-only", training=training_settings))

@@ -20,9 +20,9 @@ from unolora.errors import InputError, did_you_mean
 from unolora_cli import COMMANDS
 
 if TYPE_CHECKING:
-    from unolora import training
     from unolora.export import Exported
     from unolora.progress import Bar
+    from unolora.trainer import MultiTaskTrainer
 
 RUN_FILES = ("results.json", "config.yaml", "metrics.jsonl")
 """One of them makes a folder a run."""
@@ -644,13 +644,13 @@ def _console() -> Console:
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Callable[[str, training.MultiTaskTrainer], Bar]]:
+def _bars(console: Console) -> Iterator[Callable[[str, MultiTaskTrainer], Bar]]:
     """Give a `progress` that draws a bar for each training."""
     from unolora.progress import Bar
 
     with ExitStack() as bars:
 
-        def progress(label: str, trainer: training.MultiTaskTrainer) -> Bar:
+        def progress(label: str, trainer: MultiTaskTrainer) -> Bar:
             bar = Bar(label, trainer, console)
             bars.callback(bar.stop)
             return bar
