@@ -85,13 +85,14 @@ ALLOWED = {
         "atomic", "card", "data", "heads", "hypernetwork", "metrics", "quantise", "recovery", "report",
         "results", "run_folder", "runs", "scoring", "settings", "tasks", "text", "trainer", "training",
     },
+    "arguments": {"runs", "settings"},
+    "tables": {"metrics"},
     "cli": {
-        "analysis", "auto", "bench", "compare", "doctor", "export", "grow", "hub", "importing", "metrics",
-        "processes",
-        "progress", "report", "runs", "scoring", "serving", "settings", "tasks", "trainer", "training",
+        "analysis", "arguments", "auto", "bench", "compare", "doctor", "export", "grow", "hub", "importing", "metrics",
+        "processes", "progress", "report", "runs", "scoring", "serving", "tables", "tasks", "trainer", "training",
     },
 }  # fmt: skip
-RICH = {"cli", "doctor", "progress"}
+RICH = {"cli", "doctor", "progress", "tables"}
 
 
 def name_of(path):
