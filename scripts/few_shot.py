@@ -73,7 +73,8 @@ def table(found: dict[str, float]) -> str:
 def fit(options: argparse.Namespace, method: str, size: int, draw: int) -> float:
     """Train once in a folder that goes, and return the task's score on its test rows."""
     rate = RATES[method]
-    quick = mock.patch("unolora.report.write_report"), mock.patch("unolora.training._analyse")  # nobody would read them
+    # Nobody would read the report and the analysis.
+    quick = mock.patch("unolora.report.write_report"), mock.patch("unolora.training.write_analysis")
     with tempfile.TemporaryDirectory() as folder, quick[0], quick[1]:
         task, output = drawn(get(options.task), size, draw, Path(folder)), Path(folder, "run")
         if method == "add-task":

@@ -16,7 +16,8 @@ import yaml
 
 import tiny
 import unolora_cli
-from unolora import cli, runs, training
+from unolora import cli, run_folder, runs, training
+from unolora.arguments import read_lines, train_settings
 from unolora.settings import Adapter, Data, Sampling, Settings, Training
 from unolora.tasks import TASKS
 
@@ -134,7 +135,7 @@ def test_train_writes_a_run_and_says_where(call, tmp_path, monkeypatch):
 def test_the_file_gives_root_and_name(spelling, tmp_path):
     config = tiny.write_yaml(tmp_path / "mine.yaml", data={"root": None})
     arguments = {"first": [str(config)], "--config": ["--config", str(config)], "--config=": [f"--config={config}"]}
-    settings, root, resume = cli._train_settings(arguments[spelling])
+    settings, root, resume = train_settings(arguments[spelling])
     assert (settings.output, root, resume) == (str(Path("runs", "mine")), tmp_path, False)
     assert settings.data.root is None
 
@@ -142,15 +143,15 @@ def test_the_file_gives_root_and_name(spelling, tmp_path):
 def test_a_file_called_config_is_named_after_its_folder(tmp_path, monkeypatch):
     (tmp_path / "suite").mkdir()
     tiny.write_yaml(tmp_path / "suite" / "config.yaml")
-    assert cli._train_settings([str(tmp_path / "suite" / "config.yaml")])[0].output == str(Path("runs", "suite"))
+    assert train_settings([str(tmp_path / "suite" / "config.yaml")])[0].output == str(Path("runs", "suite"))
     monkeypatch.chdir(tmp_path / "suite")
-    assert cli._train_settings(["config.yaml"])[0].output == str(Path("runs", "suite"))
+    assert train_settings(["config.yaml"])[0].output == str(Path("runs", "suite"))
 
 
 def test_flags_win_over_the_file_and_the_rest_has_its_defaults(tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("tasks: [spam]\ntraining: {steps: 7, learning_rate: 1e-4}\n")
-    settings, _, _ = cli._train_settings(
+    settings, _, _ = train_settings(
         [str(config), "--training.steps", "9", "--tasks", "[movies, {name: x}]", "--training.report_to", "[wandb]"]
     )
     assert settings == Settings(
@@ -161,7 +162,7 @@ def test_flags_win_over_the_file_and_the_rest_has_its_defaults(tmp_path):
 
 
 def test_a_run_of_flags_alone():
-    settings, root, _ = cli._train_settings(["--tasks", "[spam]"])
+    settings, root, _ = train_settings(["--tasks", "[spam]"])
     assert settings == Settings(tasks=["spam"], output=str(Path("runs", "run")))
     assert root is None
 
@@ -171,9 +172,9 @@ def test_checkpoints_follow_the_evaluations(tmp_path):
     config = tiny.spelled(tmp_path / "run", training={"checkpoint_every": None})
     del config["training"]["checkpoint_every"]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
-    settings, root, _ = cli._train_settings([str(tmp_path / "mine.yaml"), "--training.evaluate_every", "2"])
+    settings, root, _ = train_settings([str(tmp_path / "mine.yaml"), "--training.evaluate_every", "2"])
     seen = []
-    look = tiny.Watch(lambda step: seen.append((step, training.last_checkpoint(tmp_path / "run"))))
+    look = tiny.Watch(lambda step: seen.append((step, run_folder.last_checkpoint(tmp_path / "run"))))
     training.train(settings, root=root, progress=lambda label, trainer: look)
     assert [path and path.name for step, path in seen if step < 6] == [None, None, *["step-000002"] * 2, "step-000004"]
 
@@ -244,7 +245,7 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on(call, tmp_path):
     last = error.decode().strip().splitlines()[-1]
     step = int(re.fullmatch(rf"stopped at step (\d+); go on with `unolora train --resume {run}`", last)[1])
     assert 0 < step < 120
-    assert training.last_checkpoint(run).name == f"step-{step:06d}"
+    assert run_folder.last_checkpoint(run).name == f"step-{step:06d}"
     assert not (run / "results.json").exists()
     call("train", "--resume", run)
     whole = training.train(tiny.settings(tmp_path / "whole" / "run", method="heads-only", training=training_settings))
@@ -410,9 +411,9 @@ def test_predict_lines(call, wanted, stdin, tmp_path, way, end):
 
 def test_the_mark_of_the_byte_order_is_no_text(tmp_path, stdin):
     (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbfgood\nbad\n")
-    assert cli._lines(tmp_path / "texts.txt") == ["good", "bad"]
+    assert read_lines(tmp_path / "texts.txt") == ["good", "bad"]
     stdin((tmp_path / "texts.txt").read_bytes())
-    assert cli._lines(None) == ["good", "bad"]
+    assert read_lines(None) == ["good", "bad"]
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".JSONL", ".csv", ".tsv", ".parquet"])

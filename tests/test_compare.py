@@ -22,7 +22,7 @@ GLUE = {
 
 
 def document(label="UnoLoRA", seed=0, shift=0.0, scores=None, rows=(100, 10, 20), **changes):
-    """What training.py writes, as far as it is compared: scores moved by `shift`."""
+    """What results.py gathers, as far as it is compared: scores moved by `shift`."""
     scores = {t: {m: v + shift for m, v in found.items()} for t, found in (scores or SCORES).items()}
     first = [next(iter(found.values())) for found in scores.values()]
     return {

@@ -43,7 +43,7 @@ def test_heads_are_not_shared():
 
 def test_logging_conflict_changes_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr("unolora.report.write_report", lambda folder: folder)
-    monkeypatch.setattr(training, "_analyse", lambda *_: None)
+    monkeypatch.setattr(training, "write_analysis", lambda *_: None)
     plain = training.train(tiny.settings(tmp_path / "plain" / "run"))
     logged = training.train(tiny.settings(tmp_path / "logged" / "run", training={"conflict_every": 4}))
     one, other = tiny.parts(plain), tiny.parts(logged)
@@ -62,7 +62,7 @@ def test_logging_conflict_changes_nothing_else(tmp_path, monkeypatch):
 def test_what_is_logged_is_the_gradient_of_the_step(tmp_path, monkeypatch):
     """At the first step B is zero, so only B has a gradient: half of what the update will be made of."""
     monkeypatch.setattr("unolora.report.write_report", lambda folder: folder)
-    monkeypatch.setattr(training, "_analyse", lambda *_: None)
+    monkeypatch.setattr(training, "write_analysis", lambda *_: None)
     seen = {}
     real = gradients.cosines
 

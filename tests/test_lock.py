@@ -12,7 +12,7 @@ import sys
 import pytest
 
 import tiny
-from unolora import lock, training
+from unolora import lock, run_folder, training
 from unolora.errors import InputError
 
 HOLD = """
@@ -157,7 +157,7 @@ def test_a_folder_that_is_made_for_nothing_goes_again(tmp_path, monkeypatch):
     def full(*_):
         raise InputError("no space left")
 
-    monkeypatch.setattr(training, "write_json", full)
+    monkeypatch.setattr(run_folder, "write_json", full)
     with pytest.raises(InputError, match="no space left"):
         training.train(tiny.settings(tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []

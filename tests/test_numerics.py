@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from unolora import runs, training
+from unolora import run_folder, runs, training
 from unolora.errors import InputError
 from unolora.settings import from_dict
 
@@ -125,7 +125,7 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_rows(tmp_path):
     assert of_mood
     assert all(any(text in row["text"] for text in texts) for row in of_mood)
     assert all(row["tokens"] and isinstance(row["target"], float) for row in found)
-    assert training.last_checkpoint(run).name == "step-000004"
+    assert run_folder.last_checkpoint(run).name == "step-000004"
     assert [line["step"] for line in tiny.lines(run) if line["kind"] == "skipped"] == [2, 5, 6]
     assert not (run / ".lock").exists()
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 import tiny
-from unolora import cli, settings
+from unolora import settings
+from unolora.arguments import train_settings
 from unolora.config import UnoLoraConfig
 from unolora.errors import InputError
 
@@ -58,10 +59,10 @@ def test_presets_on_the_command_line(where, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(given), encoding="utf-8")
     flags = [] if where == "file" else ["--preset=paper"]
-    found, _, _ = cli._train_settings([str(path), *flags, "--adapter.r", "2"])
+    found, _, _ = train_settings([str(path), *flags, "--adapter.r", "2"])
     assert (found.training.steps, found.adapter.r) == (7, 2), "file and flags win"
     assert (found.adapter.scale_init, found.training.evaluate_every, found.scoring) == ("paper", 29_535, "generation")
-    plain, _, _ = cli._train_settings([str(path), "--adapter.r", "2"])
+    plain, _, _ = train_settings([str(path), "--adapter.r", "2"])
     assert (plain.adapter.scale_init == "paper") == (where != "flag")
 
 
@@ -69,4 +70,4 @@ def test_presets_on_the_command_line(where, tmp_path):
 def test_unknown_presets_on_the_command_line(flags, tmp_path):
     path = tiny.write_yaml(tmp_path / "mine.yaml")
     with pytest.raises(InputError, match="unknown preset 'papr'; did you mean 'paper'"):
-        cli._train_settings([str(path), *flags])
+        train_settings([str(path), *flags])

@@ -18,6 +18,7 @@ import tiny
 import tiny_text
 from unolora import processes, recovery, training
 from unolora.errors import InputError
+from unolora.sampling import Sampler
 from unolora.settings import from_dict
 
 RANKS = Path(__file__).with_name("ranks.py")
@@ -140,7 +141,7 @@ def test_layers_are_the_units_and_embeddings_are_not():
     settings = tiny.settings()
     for folder, name in ((settings.backbone, "BertLayer"), (str(tiny_text.backbone("t5")), "T5Block")):
         changed = from_dict(tiny.spelled(backbone=folder, tasks=tiny_text.tasks()))
-        model, _ = training._build(changed, "unolora", training.load_data(changed))
+        model, _ = training.build(changed, "unolora", training.load_data(changed))
         assert processes.layers(model) == [name]
 
 
@@ -209,7 +210,7 @@ def test_four_ranks_train_as_one_does_though_they_lack_tasks(tmp_path):
         one = training.train(from_dict({**settings, "output": str(tmp_path / "one" / name)}))
         alike(tmp_path / name, one)
         clean(tmp_path / name)
-    sampler = training.Sampler([64, 64, 60], batch_size=8)
+    sampler = Sampler([64, 64, 60], batch_size=8)
     held = [{task for task, _ in sampler.local_batch(step, rank, 4)} for step in range(12) for rank in range(4)]
     assert min(map(len, held)) == 1, "no rank ever lacked a task"
 

@@ -29,7 +29,7 @@ def train(folder, terminal, progress=None):
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch):
     monkeypatch.setattr("unolora.report.write_report", lambda folder: folder)
-    monkeypatch.setattr(training, "_analyse", lambda *_: None)
+    monkeypatch.setattr(training, "write_analysis", lambda *_: None)
 
 
 def test_without_a_terminal_a_line_at_each_log(tmp_path):

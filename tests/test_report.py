@@ -62,7 +62,7 @@ def task_entry(name, spec, method):
 
 
 def write_run(folder, tasks=KINDS, method="unolora"):
-    """Write the four files of a run as training.py does and return its results."""
+    """Write the four files of a run as a training does and return its results."""
     label, _, adapter = METHODS[method]
     entries = [task_entry(name, spec, method) for name, spec in tasks.items()]
     means = {s: sum(e["metrics"][s][e["score_metric"]] for e in entries) / len(entries) for s in ("validation", "test")}

@@ -1,6 +1,7 @@
 """Training: resumed is uninterrupted, the loss is the mean over rows, and something is learned."""
 
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 import tiny
-from unolora import fused, runs, scoring, training
+from unolora import fused, run_folder, runs, scoring, training
 from unolora.data import Collator, encode
 from unolora.errors import CheckpointError, InputError
 from unolora.settings import from_dict
@@ -19,7 +20,7 @@ from unolora.settings import from_dict
 def _quick(monkeypatch):
     """Without the report and the waits for the disk: a third of a tiny run's time, and tested elsewhere."""
     monkeypatch.setattr("unolora.report.write_report", lambda folder: folder)
-    monkeypatch.setattr(training, "_analyse", lambda *_: None)
+    monkeypatch.setattr(training, "write_analysis", lambda *_: None)
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
@@ -54,7 +55,7 @@ def crashed(settings, step):
 
 def resumed(settings, **more):
     """Go on as the command line does: with what the folder says."""
-    found = runs.read_settings(training.Path(settings.output))
+    found = runs.read_settings(Path(settings.output))
     found.output = settings.output
     return training.train(found, resume=True, **more)
 
@@ -77,7 +78,7 @@ def test_resumed_is_uninterrupted(method, end, tmp_path):
     assert t.gradient_accumulation == 2
     assert settings.adapter.dropout > 0
     end(settings, 7)  # between two lines of the log, two checkpoints and two evaluations
-    checkpoint = training.last_checkpoint(tmp_path / "run")
+    checkpoint = run_folder.last_checkpoint(tmp_path / "run")
     assert checkpoint.name == ("step-000007" if end is interrupted else "step-000004")
     assert not (tmp_path / "run" / "adapter").exists()
     if end is crashed:
@@ -233,8 +234,8 @@ def test_resuming_needs_a_run(tmp_path):
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for step in (999_999, 1_000_000, 5):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
-    assert training.last_checkpoint(tmp_path).name == "step-1000000"
-    assert training.last_checkpoint(tmp_path / "other") is None
+    assert run_folder.last_checkpoint(tmp_path).name == "step-1000000"
+    assert run_folder.last_checkpoint(tmp_path / "other") is None
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):
@@ -401,7 +402,7 @@ def test_the_loss_is_the_mean_over_the_rows_of_the_batch(tmp_path):
     assert len(rows) == 8
     assert len(set(tasks)) == 3
     data = training.load_data(settings)
-    fresh, tokenizer = training._build(settings, "unolora", data)
+    fresh, tokenizer = training.build(settings, "unolora", data)
     collate, losses = Collator(tokenizer), []
     splits = [encode(d.splits["train"], tokenizer, settings.data.max_length) for d in data]
     for task, row in rows:
@@ -447,7 +448,7 @@ def test_something_is_learned(method, tmp_path):
     trainers = {}
     training.train(settings, progress=tiny.watched(trainers, "it"))
     trainer = trainers["it"]
-    fresh, _ = training._build(settings, method, training.load_data(settings))
+    fresh, _ = training.build(settings, method, training.load_data(settings))
     for row, name in enumerate(tiny.NAMES):
         split = trainer.splits["train"][row]
         batch = trainer.data_collator([(row, split, i) for i in range(len(split))])
@@ -471,7 +472,7 @@ def test_methods_start_alike(tmp_path):
     """
     settings = tiny.settings()
     data = training.load_data(settings)
-    models = {method: training._build(settings, method, data)[0].eval() for method in tiny.METHODS}
+    models = {method: training.build(settings, method, data)[0].eval() for method in tiny.METHODS}
     _, tokenizer = runs.load_backbone(settings.backbone)
     splits = {row: encode(d.splits["test"], tokenizer, 32) for row, d in enumerate(data)}
     rows = [(row, split, i) for row, split in splits.items() for i in range(len(split))]

@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 import test_golden
 import tiny
 from conftest import MIXED, TASKS, adapted, apart, backbone, batch, first_head, output, scales_of, settings, wake
-from unolora import rates, runs, training
+from unolora import metrics, rates, recovery, runs, training
 from unolora.errors import InputError
 from unolora.export import as_lora, task_scale, write_lora
 from unolora.hypernetwork import Hypernetwork
@@ -262,15 +262,15 @@ def evaluations(run):
 @pytest.mark.parametrize("better", [True, False])
 def test_the_mean_of_the_last_checkpoints_is_kept_if_it_is_better(better, tmp_path, monkeypatch):
     kept = {}
-    write = training.Checkpoints.write
+    write = recovery.Checkpoints.write
 
     def keep(self, step, weights, *args):
         kept[step] = {name: value.clone() for name, value in weights.items()}
         return write(self, step, weights, *args)
 
-    monkeypatch.setattr(training.Checkpoints, "write", keep)
+    monkeypatch.setattr(recovery.Checkpoints, "write", keep)
     scores = iter([0.1, 0.5, 0.2, 0.6 if better else 0.4])
-    monkeypatch.setattr(training.metrics, "average", lambda found: next(scores))
+    monkeypatch.setattr(metrics, "average", lambda found: next(scores))
     run = averaged(tmp_path, 2)
     assert evaluations(run) == [(4, 0.1), (8, 0.5), (12, 0.2), (12, 0.6 if better else 0.4)]
     assert list(kept) == [4, 8, 12]

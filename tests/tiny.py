@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from unolora import analysis, training
 from unolora.report import write_report
 from unolora.settings import Settings, from_dict
+from unolora.trainer import MultiTaskTrainer
 
 FILLERS = ["the", "a", "it", "was", "we", "saw", "this", "very", "then", "and", "so", "on", "in", "day", "there"]
 MOODS = {"bad": ["bad", "sad", "poor", "dull"], "good": ["good", "glad", "rich", "fine"]}
@@ -195,7 +196,7 @@ def write_yaml(path: Path, output: Path | str | None = None, **changes) -> Path:
     return path
 
 
-TRAINERS: dict[str, training.MultiTaskTrainer] = {}
+TRAINERS: dict[str, MultiTaskTrainer] = {}
 
 
 @functools.cache

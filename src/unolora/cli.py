@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from unolora import settings as run_settings
-from unolora.errors import InputError, did_you_mean
-from unolora_cli import COMMANDS
+from unolora import tables
+from unolora.arguments import Parser, read_lines, run_parser, train_settings
+from unolora.errors import InputError
 
 if TYPE_CHECKING:
-    from unolora import training
     from unolora.export import Exported
     from unolora.progress import Bar
+    from unolora.trainer import MultiTaskTrainer
 
 RUN_FILES = ("results.json", "config.yaml", "metrics.jsonl")
 """One of them makes a folder a run."""
@@ -30,7 +28,7 @@ RUN_FILES = ("results.json", "config.yaml", "metrics.jsonl")
 
 def train(arguments: Sequence[str]) -> int:
     """Train a method, with a bar for each; print the scores and where the report is."""
-    settings, root, resume = _train_settings(list(arguments))
+    settings, root, resume = train_settings(list(arguments))
     _quiet_libraries()
     from unolora import processes, runs, training
 
@@ -54,7 +52,7 @@ def train(arguments: Sequence[str]) -> int:
     if processes.rank() != 0:
         return 0
     results = [folder / "results.json", *sorted((folder / "baselines").glob("*/results.json"))]
-    console.print(_scores([json.loads(path.read_text(encoding="utf-8")) for path in results]))
+    console.print(tables.scores([json.loads(path.read_text(encoding="utf-8")) for path in results]))
     _write(f"report   {folder / 'report.html'}")
     _write(f"adapter  {folder / 'adapter'}")
     return 0
@@ -62,7 +60,7 @@ def train(arguments: Sequence[str]) -> int:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Score a run on a split of its own data."""
-    parser = _parser("evaluate")
+    parser = run_parser("evaluate")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test", help="default: test")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
@@ -87,7 +85,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 def predict(arguments: Sequence[str]) -> int:
     """Predict texts with one task of a run."""
-    parser = _parser("predict")
+    parser = run_parser("predict")
     parser.add_argument("--task", required=True, help="name of the task, or auto: the one that the inputs look like")
     parser.add_argument(
         "--file",
@@ -117,7 +115,7 @@ def predict(arguments: Sequence[str]) -> int:
 
         inputs = fill(task, read_file(options.file))
     else:
-        lines = options.text or _lines(options.file)
+        lines = options.text or read_lines(options.file)
         pairs = any("\t" in line for line in lines) if by_itself else len(task.template) == 2
         inputs = [tuple(line.split("\t")) if pairs else (line,) for line in lines]
     if not inputs:
@@ -133,7 +131,7 @@ def predict(arguments: Sequence[str]) -> int:
 
 def tasks(arguments: Sequence[str]) -> int:
     """List tasks."""
-    parser = _Parser("tasks")
+    parser = Parser("tasks")
     parser.add_argument("run", type=Path, nargs="?", help="run folder; the built-in tasks without one")
     options = parser.parse_args(arguments)
     from unolora.runs import read_since, read_tasks
@@ -155,7 +153,7 @@ def tasks(arguments: Sequence[str]) -> int:
 
 def add_task(arguments: Sequence[str]) -> int:
     """Teach a run one more task; print its scores."""
-    parser = _parser("add-task")
+    parser = run_parser("add-task")
     parser.add_argument("--task", required=True, help="YAML file that spells one task, or the name of a built-in one")
     parser.add_argument("--output", type=Path, required=True, help="run folder to write")
     parser.add_argument("--start", help="nearest (old task), mean or scratch; default: nearest")
@@ -189,10 +187,10 @@ def add_task(arguments: Sequence[str]) -> int:
             progress=progress,
         )
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    console.print(_scores([results]))
+    console.print(tables.scores([results]))
     added = results["changes"][-1]
     if "old_tasks" in added:
-        console.print(_moved(added["old_tasks"]))
+        console.print(tables.moved(added["old_tasks"]))
     if added["start"]:
         _write(f"start    {added['start']}")
     _write(f"run      {folder}")
@@ -201,7 +199,7 @@ def add_task(arguments: Sequence[str]) -> int:
 
 def remove_task(arguments: Sequence[str]) -> int:
     """Copy a run without one of its tasks."""
-    parser = _parser("remove-task")
+    parser = run_parser("remove-task")
     parser.add_argument("--task", required=True, help="name of the task")
     parser.add_argument("--output", type=Path, required=True, help="run folder to write")
     options = parser.parse_args(arguments)
@@ -214,7 +212,7 @@ def remove_task(arguments: Sequence[str]) -> int:
 
 def rename_task(arguments: Sequence[str]) -> int:
     """Copy a run with another name for one of its tasks."""
-    parser = _parser("rename-task")
+    parser = run_parser("rename-task")
     parser.add_argument("--task", required=True, help="name of the task")
     parser.add_argument("--to", required=True, metavar="NAME", help="its new name")
     parser.add_argument("--output", type=Path, required=True, help="run folder to write")
@@ -228,7 +226,7 @@ def rename_task(arguments: Sequence[str]) -> int:
 
 def import_(arguments: Sequence[str]) -> int:
     """Make one adapter of several plain LoRAs; say how much of each is kept."""
-    parser = _Parser("import")
+    parser = Parser("import")
     parser.add_argument("lora", type=Path, nargs="+", help="folder of a plain PEFT LoRA; one a task, two or more")
     parser.add_argument("--output", type=Path, required=True, help="adapter folder to write")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="names of the tasks; default: those of the folders")
@@ -247,7 +245,7 @@ def import_(arguments: Sequence[str]) -> int:
 
 def export(arguments: Sequence[str]) -> int:
     """Write tasks of a run for those who don't have `unolora`; say what that costs."""
-    parser = _parser("export")
+    parser = run_parser("export")
     parser.add_argument("--task", help="name of the task")
     parser.add_argument("--all", action="store_true", help="every task as a plain LoRA, in one folder")
     parser.add_argument("--format", default="peft-lora", help="peft-lora, merged (into the backbone) or onnx")
@@ -296,7 +294,7 @@ def _cost(done: Exported) -> str:
 
 def push(arguments: Sequence[str]) -> int:
     """Upload a run to the hub."""
-    parser = _parser("push")
+    parser = run_parser("push")
     parser.add_argument("--to", required=True, metavar="OWNER/NAME", help="repository; made if it is not there")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     options = parser.parse_args(arguments)
@@ -308,7 +306,7 @@ def push(arguments: Sequence[str]) -> int:
 
 def report(arguments: Sequence[str]) -> int:
     """Write a run's report.html again, or a page that compares several runs."""
-    parser = _Parser("report")
+    parser = Parser("report")
     parser.add_argument("run", type=Path, nargs="+", help="run folder; of several, or a folder of such, a comparison")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="of a comparison; default: comparison.html beside the first run"
@@ -333,7 +331,7 @@ def compare(arguments: Sequence[str]) -> int:
     """Print a table of finished runs."""
     from unolora import compare as runs_beside
 
-    parser = _Parser("compare")
+    parser = Parser("compare")
     parser.add_argument("run", type=Path, nargs="+", help="run folder (its baselines count too), or a folder of such")
     parser.add_argument("--format", choices=runs_beside.FORMATS, default="table", help="default: table")
     parser.add_argument("--split", choices=runs_beside.SPLITS, default="test", help="default: test")
@@ -362,7 +360,7 @@ def serve(arguments: Sequence[str]) -> int:
     """Serve all tasks of a run over HTTP, or make an API key."""
     from unolora.serving.settings import ServeSettings
 
-    parser = _Parser("serve")
+    parser = Parser("serve")
     parser.add_argument("run", type=Path, nargs="?", help="run folder")
     ServeSettings.add_flags(parser)
     parser.add_argument(
@@ -391,7 +389,7 @@ def serve(arguments: Sequence[str]) -> int:
 
 def analyze(arguments: Sequence[str]) -> int:
     """Print what runs have learned in common, and write the numbers."""
-    parser = _Parser("analyze")
+    parser = Parser("analyze")
     parser.add_argument("run", type=Path, nargs="+", help="run folder, or RUN/baselines/METHOD")
     parser.add_argument("--against", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare them with")
     parser.add_argument(
@@ -414,10 +412,10 @@ def analyze(arguments: Sequence[str]) -> int:
     analysis.write(found, folder)
     console = _console()
     if found.comparisons:
-        console.print(_overlaps(found.comparisons))
-    console.print(_summary(found.summary))
+        console.print(tables.overlaps(found.comparisons))
+    console.print(tables.summary(found.summary))
     if found.ablations:
-        console.print(_ablations(found.ablations))
+        console.print(tables.ablations(found.ablations))
     for note in found.notes:
         _write(note)
     _write(f"numbers  {folder}")
@@ -426,7 +424,7 @@ def analyze(arguments: Sequence[str]) -> int:
 
 def doctor(arguments: Sequence[str]) -> int:
     """Describe the installation and the machine."""
-    parser = _Parser("doctor")
+    parser = Parser("doctor")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     from unolora.doctor import examine
@@ -452,7 +450,7 @@ def bench(arguments: Sequence[str]) -> int:
     from unolora.bench.run import MEASUREMENTS, ON_GLUE, number, read, run, wanted
     from unolora.bench.timing import ROUNDS
 
-    parser = _Parser("bench")
+    parser = Parser("bench")
     parser.add_argument("name", nargs="*", help=f"measurements, by default all: {', '.join([*MEASUREMENTS, *ON_GLUE])}")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="that a median is taken over; default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("benchmarks.md"), help="default: %(default)s")
@@ -478,161 +476,6 @@ def bench(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _train_settings(arguments: list[str]) -> tuple[run_settings.Settings, Path | None, bool]:
-    """Read the YAML file and the flags of `unolora train`: (settings, the file's folder, whether to resume)."""
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
-
-    from unolora import runs
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="unolora train",
-        usage="unolora train CONFIG.yaml [--section.name VALUE ...] | unolora train --resume RUN",
-        description=f"{COMMANDS['train']}. Flags win over the file.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="the YAML file; CONFIG.yaml alone does the same")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own settings")
-    parser.add_argument(
-        "--preset", metavar="NAME", help=f"start from these settings: {', '.join(run_settings.PRESETS)}"
-    )
-    parser.add_class_arguments(run_settings.Settings)
-    if arguments and not arguments[0].startswith("-"):
-        arguments[:1] = ["--config", arguments[0]]
-    root, name, start = None, "run", _flags(arguments, "--preset")
-    for path in _config_files(arguments):
-        given = runs.read_yaml(path)
-        run_settings.check_keys(given)  # with near misses, which the parser does not have
-        start = start or ([given["preset"]] if "preset" in given else [])
-        root, name = path.parent, path.resolve().parent.name if path.stem == "config" else path.stem
-    if start:  # as defaults, so that the file and the flags win
-        below = run_settings.preset(start[-1])
-        parser.set_defaults({f"{k}.{n}": v for k in run_settings.SECTIONS for n, v in below.get(k, {}).items()})
-        parser.set_defaults({k: v for k, v in below.items() if k not in run_settings.SECTIONS})
-    try:
-        found = parser.parse_args(arguments).as_dict()
-    except (ArgumentError, TypeError) as error:
-        raise InputError(_one_line(error, [action.dest for action in parser._actions])) from error
-    resume = found.pop("resume")
-    if resume is not None:
-        if len(arguments) > 2 or not arguments[0].startswith("--resume"):
-            raise InputError("--resume takes the run folder and nothing else: a run goes on with its own settings")
-        settings = runs.read_settings(Path(resume))
-        settings.output = resume
-        return settings, None, True
-    found.pop("config")
-    found.pop("preset")
-    settings = run_settings.from_dict(found)
-    settings.output = settings.output or str(Path("runs", name))
-    return settings, root, False
-
-
-def _config_files(arguments: Sequence[str]) -> list[Path]:
-    return [Path(name) for name in _flags(arguments, "--config")]
-
-
-def _flags(arguments: Sequence[str], name: str) -> list[str]:
-    """Return the values that a flag has in the arguments."""
-    after = [value for flag, value in itertools.pairwise(arguments) if flag == name]
-    joined = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{name}=")]
-    return after + joined
-
-
-def _one_line(error: Exception, known: Sequence[str]) -> str:
-    text = " ".join(str(error).split())
-    words = [word.lstrip("-").partition("=")[0].rstrip(":") for word in text.split() if word.startswith("--")]
-    return text + (did_you_mean(words[0], known) if words and words[0] not in known else "")
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others here."""
-
-    def __init__(self, command: str) -> None:
-        super().__init__(prog=f"unolora {command}", description=COMMANDS[command], allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
-        raise InputError(f"{_one_line(ValueError(message), known)}; see `{self.prog} --help`")
-
-
-def _parser(command: str) -> argparse.ArgumentParser:
-    parser = _Parser(command)
-    parser.add_argument("run", type=Path, help="run folder")
-    return parser
-
-
-def _lines(path: Path | None) -> list[str]:
-    try:
-        data = sys.stdin.buffer.read() if path is None else path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path or 'standard input'}: not UTF-8 at byte {error.start}") from error
-    # Not splitlines(), which also cuts at U+2028 and others; empty lines count, so that answers stay beside inputs.
-    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
-
-
-def _scores(results: Sequence[dict[str, Any]]) -> Table:
-    from unolora.metrics import scored_on
-
-    split = scored_on(results[0]["averages"])
-    table = Table(f"{split} split", "score", "constant", *(found["label"] for found in results))
-    for place, task in enumerate(results[0]["tasks"]):
-        metric = task["score_metric"]
-        values = [task["baseline"]["metrics"], *(found["tasks"][place]["metrics"] for found in results)]
-        table.add_row(task["name"], metric, *(f"{value[split][metric]:.3f}" for value in values))
-    table.add_section()
-    averages = [f"{found['averages']['mean_of_first_metrics'][split]:.3f}" for found in results]
-    table.add_row("mean of first metrics", "", "", *averages)
-    return table
-
-
-def _overlaps(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table("runs", "apart", "", "pairs", "overlap", "random (95 %)", "p random", "p layers", "above chance")
-    for row in rows:
-        apart = row["relation"] + (f", {row['seeds']} seeds" if row["seeds"] > 1 else "")
-        above = _with_half(row["above chance"], row["above chance ±"])
-        if "overlap" in row:
-            random = f"{row['random']:.4f} ({row['random low']:.4f} to {row['random high']:.4f})"
-            chances = [f"{p:.3f}" if p is not None else "\u2013" for p in (row["p (random)"], row["p (layers)"])]
-            cells = [_with_half(row["overlap"], row["overlap ±"]), random, *chances]
-        else:
-            cells = [""] * 4
-        table.add_row(row["label"], apart, row["matrix"], str(row["pairs"]), *cells, above)
-    return table
-
-
-def _summary(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table("method", "task", "", "mean over projections", "value", "runs")
-    for row in rows:
-        value = _with_half(row["mean"], row["±"])
-        table.add_row(row["label"], row["task"], row["matrix"], row["measure"], value, str(row["runs"]))
-    return table
-
-
-def _ablations(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table("run", "without", "task", "metric", "score", "change")
-    for row in rows:
-        numbers = (f"{row['score']:.4f}", f"{row['change']:+.4f}")
-        table.add_row(row["run"], row["without"], row["task"], row["metric"], *numbers)
-    return table
-
-
-def _with_half(mean: float, half: float | None) -> str:
-    if mean != mean:  # NaN, as of a B that is zero
-        return "\u2013"
-    return f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}")
-
-
-def _moved(old_tasks: dict[str, dict[str, Any]]) -> Table:
-    table = Table("old task, test split", "score", "before", "after", "change")
-    for name, found in old_tasks.items():
-        before, after = found["before"], found["after"]
-        table.add_row(name, found["metric"], f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
-    return table
-
-
 def _console() -> Console:
     """A console that prints text as it is: a path or a label may hold what rich takes for markup."""
 
@@ -644,13 +487,13 @@ def _console() -> Console:
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Callable[[str, training.MultiTaskTrainer], Bar]]:
+def _bars(console: Console) -> Iterator[Callable[[str, MultiTaskTrainer], Bar]]:
     """Give a `progress` that draws a bar for each training."""
     from unolora.progress import Bar
 
     with ExitStack() as bars:
 
-        def progress(label: str, trainer: training.MultiTaskTrainer) -> Bar:
+        def progress(label: str, trainer: MultiTaskTrainer) -> Bar:
             bar = Bar(label, trainer, console)
             bars.callback(bar.stop)
             return bar

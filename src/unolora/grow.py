@@ -33,12 +33,15 @@ from unolora.data import Collator, Encoded
 from unolora.errors import InputError, unknown
 from unolora.heads import Moments, MultiTaskModel, TaskHeads
 from unolora.hypernetwork import encode_sample
+from unolora.results import entries
+from unolora.run_folder import checkpoints_of
 from unolora.runs import Model, Run
 from unolora.settings import Settings, to_dict
 from unolora.tasks import TASKS, Task, get
 from unolora.tasks.rows import TaskData, in_turns, order
 from unolora.text import Answers, TextModel
-from unolora.training import MultiTaskTrainer, checkpoints_of, entries, fit
+from unolora.trainer import MultiTaskTrainer
+from unolora.training import fit
 
 STARTS = ("nearest", "mean", "scratch")
 TUNES = ("row", "hypernetwork", "all")
@@ -595,7 +598,7 @@ def _renamed(log: str, names: Mapping[str, str]) -> str:
 
 
 def _parameters(model: Model, tasks: int, adapter: Path) -> dict[str, Any]:
-    """Count parameters as `training.results_of` does."""
+    """Count parameters as `results.results_of` does."""
     total = sum(p.numel() for p in model.parameters())
     heads = sum(p.numel() for p in model.heads.parameters())
     own = sum(p.numel() for name, p in model.named_parameters() if ".uno_" in name)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
-    from unolora.training import MultiTaskTrainer
+    from unolora.trainer import MultiTaskTrainer
 
 logger = logging.getLogger(__name__)
 

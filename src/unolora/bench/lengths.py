@@ -141,8 +141,9 @@ def _built(data: Sequence[Any], method: str, parts: int) -> tuple[Any, Any, list
 def _ours(data: Sequence[Any], folder: Path) -> tuple[Callable[[], None], list[Any], Any]:
     """Return some steps of `MultiTaskTrainer` (other rows each time), and what it trains on."""
     from unolora.data import Collator
+    from unolora.run_folder import checkpoints_of
     from unolora.sampling import Sampler
-    from unolora.training import MultiTaskTrainer, checkpoints_of
+    from unolora.trainer import MultiTaskTrainer
 
     model, tokenizer, splits = _built(data, "unolora", PARTS)
     settings = _settings(PARTS)
