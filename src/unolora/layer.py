@@ -9,7 +9,7 @@
 With s = 1 this is LoRA (eq. 1). The scale comes from the hypernetwork (`hypernetwork.py`), which runs once a batch for
 all projections together; a layer only multiplies. So any mix of tasks in a batch costs one task's time, and a scale
 that does not depend on the sample can be merged into W. `fused.py` has the two products, A x and y + B h, with
-gradients that cost less than torch's own.
+gradients that cost less than torch's own; `siblings.py` takes A x for all projections that read the same x at once.
 
 Axes: B samples of a batch, N rows of a layer's input (B, or B x beams), T tokens, D width, R rank, P positions.
 """
