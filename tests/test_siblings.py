@@ -272,6 +272,7 @@ def test_keys_and_values_of_a_cross_attention_take_one_pass(passes):
     found = [q(x), k(y), v(y)]
     same(found, [plain(q, x, first), plain(k, y, second), plain(v, y, second)])
     assert len(passes) == 2
+    assert not siblings._held.parts  # none was computed for q, which came first
 
 
 def test_a_value_that_only_looks_the_same_is_another_input(passes):
@@ -334,6 +335,13 @@ def test_tensors_that_are_more_than_tensors_are_left_alone(what, passes):
         v.uno_A["uno"] = nn.Parameter(v.uno_A["uno"].detach().as_subclass(Own))
         assert type(v.uno_A["uno"]) is not nn.Parameter
     q(x), v(x)
+    assert len(passes) == 2
+
+
+def test_adapters_of_two_types_are_left_alone(passes):
+    (q, v), x = projections(), numbers(2, 5, 12)
+    v.uno_A.float(), v.uno_B.float()
+    assert {y.dtype for y in (q(x), v(x))} == {x.dtype}
     assert len(passes) == 2
 
 
@@ -431,7 +439,7 @@ def test_a_part_is_for_what_it_was_computed_from(passes):
     with torch.no_grad():
         q(x)
     v(x).sum().backward()
-    assert x.grad is not None
+    assert v.uno_A["uno"].grad is not None
 
 
 def test_a_part_goes_with_the_backward(passes):
