@@ -41,21 +41,23 @@ DEFAULTS = (
 
 @dataclass(frozen=True)
 class Change:
-    """A row: what was changed, and its averages by seed."""
+    """A row: what was changed, what is trained for a task in percent of the backbone, and the averages by seed."""
 
     name: str
     settings: Mapping[str, Any]
+    per_task: float
     by_seed: Mapping[int, float]
 
 
 def read(folder: Path, split: str) -> list[Change]:
     """Read the finished runs of a suite, named METHOD-seedN, in the order in which its methods come in the suite."""
-    found: dict[str, tuple[dict[str, Any], dict[int, float]]] = {}
+    found: dict[str, tuple[dict[str, Any], float, dict[int, float]]] = {}
     for path in sorted(folder.glob("*-seed*/results.json")):
         name, _, seed = path.parent.name.rpartition("-seed")
-        value = json.loads(path.read_text(encoding="utf-8"))["averages"][AVERAGE][split]
+        results = json.loads(path.read_text(encoding="utf-8"))
         settings = {k: v for k, v in flat(runs.read_settings(path.parent)).items() if k not in OWN}
-        found.setdefault(name, (settings, {}))[1][int(seed)] = value
+        by_seed = found.setdefault(name, (settings, results["parameters"]["per_task_percent"], {}))[2]
+        by_seed[int(seed)] = results["averages"][AVERAGE][split]
     suite = yaml.safe_load((readme_tables.ROOT / "configs" / f"{folder.name}.yaml").read_text(encoding="utf-8"))
     return [Change(name, *found[name]) for name in suite["methods"] if name in found]
 
@@ -100,8 +102,9 @@ def paired(folder: Path, split: str, first: str) -> str:
         seeds = ", ".join(map(str, sorted(change.by_seed)))
         assert mean is not None
         told = [compare.NOTHING] * 2 if change is base else [gain(apart), verdict(apart)]
-        rows.append([change.name, ", ".join(odd) or compare.NOTHING, f"{mean.mean:.4f}", *told, seeds])
-    head = ["", "what differs", f"{split} average", f"difference to {first}", "", "seeds"]
+        what = [change.name, ", ".join(odd) or compare.NOTHING, f"{change.per_task:.3g}"]
+        rows.append([*what, f"{mean.mean:.4f}", *told, seeds])
+    head = ["", "what differs", "trained % a task", f"{split} average", f"difference to {first}", "", "seeds"]
     return markdown(head, rows)
 
 

@@ -22,7 +22,8 @@ def write(folder, name, by_seed, split="validation", **adapter):
     for seed, value in by_seed.items():
         run = folder / f"{name}-seed{seed}"
         run.mkdir(parents=True)
-        (run / "results.json").write_text(json.dumps({"averages": {method_tables.AVERAGE: {split: value}}}))
+        found = {"averages": {method_tables.AVERAGE: {split: value}}, "parameters": {"per_task_percent": 0.0539}}
+        (run / "results.json").write_text(json.dumps(found))
         own = {"adapter": {"r": 8, **adapter}, "training": {"seed": seed, "steps": 3}}
         config = {"method": "unolora", "tasks": ["spam"], **own}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
@@ -46,19 +47,19 @@ def cells(text):
 
 def test_differences_are_paired_by_seed(ablations):
     head, rule, *rows = cells(method_tables.paired(ablations, "validation", "base"))
-    assert head[2:4] == ["validation average", "difference to base"]
+    assert head[2:5] == ["trained % a task", "validation average", "difference to base"]
     assert set(rule) == {"---"}
     assert [row[0] for row in rows] == ["base", "gate", "start-paper", "rank-2", "rank-4"], "the suite's order"
     by_name = {row[0]: row for row in rows}
     expected = compare.interval([0.53 - 0.5, 0.631 - 0.6, 0.729 - 0.7])
     assert by_name["gate"][1:] == [
-        "scale_gate=True", "0.6300", f"+{expected.mean:.4f} ± {expected.half:.4f}", "better", "0, 1, 2",
+        "scale_gate=True", "0.0539", "0.6300", f"+{expected.mean:.4f} ± {expected.half:.4f}", "better", "0, 1, 2",
     ]  # fmt: skip
     assert expected.half < 0.003, "paired: the seeds themselves differ by 0.1"
-    assert by_name["start-paper"][4] == "worse"
-    assert by_name["rank-2"][4] == "open"
-    assert by_name["rank-4"][3:] == ["+0.3000, one seed", "open", "1"]
-    assert by_name["base"][1:5] == [compare.NOTHING, "0.6000", compare.NOTHING, compare.NOTHING]
+    assert by_name["start-paper"][5] == "worse"
+    assert by_name["rank-2"][5] == "open"
+    assert by_name["rank-4"][4:] == ["+0.3000, one seed", "open", "1"]
+    assert by_name["base"][1:6] == [compare.NOTHING, "0.0539", "0.6000", compare.NOTHING, compare.NOTHING]
 
 
 def test_what_was_not_measured_is_said_to_be_so(ablations, tmp_path):
