@@ -22,7 +22,6 @@ from unolora.config import UnoLoraConfig
 from unolora.errors import InputError, unknown
 from unolora.hypernetwork import encode_sample
 from unolora.layer import current_scales, scaled_by
-from unolora.siblings import forget
 from unolora.words import Descriptions
 
 Tasks = Tensor | Sequence[str] | Sequence[int] | str
@@ -73,11 +72,8 @@ class Conditioned:
             inputs = self._of_generate(inputs)
         if tasks is not None and "tasks" in self.names:
             kwargs["tasks"] = tasks  # the backbone has a use for them too, as one with a head for each task
-        try:
-            with self.tuner.conditioned(tasks, sample_mask, inputs):
-                return self.method(*args, **kwargs)
-        finally:
-            forget()
+        with self.tuner.conditioned(tasks, sample_mask, inputs):
+            return self.method(*args, **kwargs)
 
     def _of_generate(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Name what `generate` got as `forward` would; without a mask, leave padding out as `generate` does."""

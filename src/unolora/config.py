@@ -32,8 +32,7 @@ class UnoLoraConfig(PeftConfig):
         alpha: The update is multiplied by alpha / r.
         use_rslora: Multiply by alpha / sqrt(r) instead, so that a larger rank does not mean smaller steps
             (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA").
-        dropout: Dropout on the input of A, during training. On a processor, projections of one module that read the
-            same tensor have one mask.
+        dropout: Dropout on the input of A, during training.
         target_modules: Names (suffixes) or a regular expression of the projections to adapt, or "all-linear". By
             default the query and value projections of the backbone's family.
         exclude_modules: Names or a regular expression of projections to leave alone.

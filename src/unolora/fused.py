@@ -16,7 +16,7 @@ Axes: N rows (samples x tokens), D width, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -42,24 +42,17 @@ def down(x: Tensor, A: Tensor, p: float) -> Tensor:
     Returns:
         [..., R].
     """
-    return down_each(x, [A], p)[0]
-
-
-def down_each(x: Tensor, As: Sequence[Tensor], p: float) -> Sequence[Tensor]:
-    """Return A dropout(x), [..., R], for each of several A [R, D], by one pass over x: they have one mask."""
     dropped = round(p * LEVELS)
-    if not 0 < dropped < LEVELS or not here(x):
-        x = F.dropout(x, p) if p else x
-        return [F.linear(x, A) for A in As]
-    x, *As = _cast(x, *As)
+    if not 0 < dropped < LEVELS or not _here(x):
+        return F.linear(F.dropout(x, p), A) if p else F.linear(x, A)
+    x, A = _cast(x, A)
     with torch.autocast(x.device.type, enabled=False):
-        found: tuple[Tensor, ...] = _Down.apply(x, dropped, torch.randint(2**63 - 1, ()).item(), *As)
-    return found
+        return _Down.apply(x, A, dropped, torch.randint(2**63 - 1, ()).item())
 
 
 def up(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
     """Return y + B h for y [..., D], h [..., R] and B [D, R]."""
-    if not here(y):
+    if not _here(y):
         return y + F.linear(h, B)
     h, B = _cast(h, B)
     with torch.autocast(y.device.type, enabled=False):
@@ -72,7 +65,7 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         """Drop elements of x in training."""
         dropped = round(self.p * LEVELS)
-        if not self.training or self.inplace or not 0 < dropped < LEVELS or not here(x):
+        if not self.training or self.inplace or not 0 < dropped < LEVELS or not _here(x):
             return super().forward(x)
         return _Dropout.apply(x, dropped, torch.randint(2**63 - 1, ()).item())
 
@@ -85,8 +78,7 @@ def replace_dropout(model: nn.Module) -> None:
                 setattr(parent, name, Dropout(child.p, child.inplace).train(child.training))
 
 
-def here(x: Tensor) -> bool:
-    """Whether the products of this module run, rather than the plain formulas."""
+def _here(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -119,38 +111,30 @@ def chunks(rows: int, width: int, dropped: int, seed: int) -> Iterator[tuple[sli
 
 
 class _Down(torch.autograd.Function):
-    """A dropout(x) for each A, keeping x and the seed of the mask."""
+    """A dropout(x), keeping x and the seed of the mask."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: int, seed: int, *As: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *As)
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, x: Tensor, A: Tensor, dropped: int, seed: int) -> Tensor:
+        ctx.save_for_backward(x, A)
         ctx.mask = dropped, seed
-        ranks = [len(A) for A in As]
         rows = x.reshape(-1, x.shape[-1])  #                                  [N, D]
-        h = x.new_empty(sum(ranks), len(rows))  #                             [R, N], R of all
-        A = torch.cat(As).mul_(LEVELS / (LEVELS - dropped))
+        h = x.new_empty(len(A), len(rows))  #                                 [R, N]
+        A = A * (LEVELS / (LEVELS - dropped))
         buffer = _buffer(rows)
         for at, mask in chunks(len(rows), x.shape[-1], dropped, seed):
             masked = buffer[: len(mask)].copy_(mask).mul_(rows[at])
             torch.mm(A, masked.t(), out=h[:, at])
-        return tuple(part.t().view(*x.shape[:-1], -1) for part in h.split(ranks))
+        return h.t().view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *As = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, A = ctx.saved_tensors
         dropped, seed = ctx.mask
-        needs_x, needs_A = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
-        used = {i: grad.reshape(-1, grad.shape[-1]) for i, grad in enumerate(grads) if grad is not None}
-        found: list[Tensor | None] = [None] * (3 + len(As))
-        if not used:
-            return tuple(found)
         rows = x.reshape(-1, x.shape[-1])  #                                  [N, D]
-        grad = torch.cat(list(used.values()), 1).mul_(LEVELS / (LEVELS - dropped))  # [N, R], R of those used
-        A = torch.cat([As[i] for i in used])  #                               [R, D]
-        dx = torch.empty_like(rows) if needs_x else None
-        dA = torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32)) if needs_A else None
+        grad = grad.reshape(-1, grad.shape[-1]) * (LEVELS / (LEVELS - dropped))  # [N, R]
+        dx = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        dA = torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
         masks, masked = _buffer(rows), _buffer(rows)
         for at, mask in chunks(len(rows), x.shape[-1], dropped, seed):
             kept = masks[: len(mask)].copy_(mask)
@@ -158,12 +142,7 @@ class _Down(torch.autograd.Function):
                 dA += grad[at].t() @ torch.mul(kept, rows[at], out=masked[: len(mask)])
             if dx is not None:
                 torch.mm(grad[at], A, out=dx[at]).mul_(kept)
-        if dx is not None:
-            found[0] = dx.view(x.shape)
-        if dA is not None:
-            for i, part in zip(used, dA.to(A.dtype).split([len(As[i]) for i in used]), strict=True):
-                found[3 + i] = part
-        return tuple(found)
+        return None if dx is None else dx.view(x.shape), None if dA is None else dA.to(A.dtype), None, None
 
 
 class _Up(torch.autograd.Function):

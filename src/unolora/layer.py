@@ -9,7 +9,7 @@
 With s = 1 this is LoRA (eq. 1). The scale comes from the hypernetwork (`hypernetwork.py`), which runs once a batch for
 all projections together; a layer only multiplies. So any mix of tasks in a batch costs one task's time, and a scale
 that does not depend on the sample can be merged into W. `fused.py` has the two products, A x and y + B h, with
-gradients that cost less than torch's own; `siblings.py` takes A x for all projections that read the same x at once.
+gradients that cost less than torch's own.
 
 Axes: B samples of a batch, N rows of a layer's input (B, or B x beams), T tokens, D width, R rank, P positions.
 """
@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from unolora.errors import InputError
-from unolora.fused import up
-from unolora.siblings import down_together
+from unolora.fused import down, up
 
 
 class _Current(threading.local):
@@ -80,7 +79,6 @@ class UnoLoraLayer(nn.Module):
         self.uno_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}  # alpha / r, or alpha / sqrt(r)
         self.position: dict[str, int] = {}  # p, for the adapters that have a scale
-        self.siblings: tuple[UnoLoraLayer, ...] = ()  # other projections that may read the same x
 
     def add(self, name: str, *, r: int, alpha: float, use_rslora: bool = False, dropout: float = 0.0) -> None:
         """Add the pair of the adapter `name`: A Kaiming-uniform, B zero, so that the output does not change yet."""
@@ -104,21 +102,11 @@ class UnoLoraLayer(nn.Module):
 
     def reduced(self, name: str, x: Tensor) -> Tensor:
         """Compute (alpha / r) diag(s) A x, with dropout on x in training, for the rows of x."""
-        A, p = self.uno_A[name], self.probability(name)
-        h = down_together(x, A, p, lambda: self.beside(name)) * self.scaling[name]  # [N, T, R]
+        A, dropout = self.uno_A[name], cast(nn.Dropout, self.uno_dropout[name])
+        h = down(x.to(A.dtype), A, dropout.p if dropout.training else 0.0) * self.scaling[name]  # [N, T, R]
         if name in self.position:
             h = h * _rows(self.scale(name), h).to(h.dtype)
         return h
-
-    def probability(self, name: str) -> float:
-        """Return the probability that an element of x is left out now."""
-        dropout = cast(nn.Dropout, self.uno_dropout[name])
-        return dropout.p if dropout.training else 0.0
-
-    def beside(self, name: str) -> list[Tensor]:
-        """Return A of each sibling that would drop as many elements of x."""
-        p = self.probability(name)
-        return [of.uno_A[name] for of in self.siblings if name in of.applied() and of.probability(name) == p]
 
     def scale(self, name: str) -> Tensor:
         """Return this projection's s for the forward that runs, [B, R].

@@ -160,7 +160,6 @@ class UnoLoraModel(BaseTuner):
             described = Descriptions(len(config.tasks), words.width(model), config.embedding_dim)
         trained = [(parameter, parameter.requires_grad) for parameter in self.uno_hypernetwork.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        _introduce(model)
         for parameter, requires_grad in trained:  # PEFT does as much for what is in the layers
             parameter.requires_grad = requires_grad
         self._checkpointing_modules: list[Any] = [
@@ -632,18 +631,6 @@ def _check_adapter_name(name: str) -> None:
     """Refuse names that torch's dictionaries of modules and parameters can't hold."""
     if not name or "." in name or any(hasattr(kind(), name) for kind in (nn.ModuleDict, nn.ParameterDict)):
         raise InputError(f"an adapter can't be called {name!r}, which torch's nn.ModuleDict does not take as a key")
-
-
-def _introduce(model: nn.Module) -> None:
-    """Tell adapted projections of one module of those beside them that may read the same input; see `siblings.py`.
-
-    The parts of a container run one after the other, or each on rows of its own.
-    """
-    for parent in model.modules():
-        if not isinstance(parent, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            layers = [child for child in parent.children() if isinstance(child, UnoLoraLinear)]
-            for layer in layers:
-                layer.siblings = tuple(of for of in layers if of is not layer and of.d_in == layer.d_in)
 
 
 def _widths(target: nn.Module, key: str) -> tuple[int, int]:
