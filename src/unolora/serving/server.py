@@ -29,7 +29,6 @@ from unolora.serving.app import create_app
 from unolora.serving.auth import Keys
 from unolora.serving.engine import Batch, Engine
 from unolora.serving.logs import configuration
-from unolora.serving.memory import keep_flat
 from unolora.serving.metrics import SHARED, Metrics
 from unolora.serving.service import Service
 from unolora.serving.settings import ServeSettings
@@ -149,14 +148,13 @@ def worker() -> FastAPI:
 
 
 def settle() -> None:
-    """Prepare the process for many requests: memory stays flat, and the garbage collector away from what stays.
+    """Keep the garbage collector away from what is there for as long as the process: libraries, above all.
 
-    That is libraries, above all. It would go through hundreds of thousands of objects every few hundred requests, and
-    nothing is answered meanwhile. An adapter that is replaced goes all the same, since nothing refers to it any more.
+    It would go through hundreds of thousands of objects every few hundred requests, and nothing is answered meanwhile.
+    An adapter that is replaced goes all the same, since nothing refers to it any more.
     """
     gc.collect()
     gc.freeze()
-    keep_flat()
 
 
 def _config(app: Any, settings: ServeSettings) -> uvicorn.Config:
