@@ -13,6 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("method", "rivals", "tasks")))
+WRITERS = {"auto": "auto_accuracy.py", "few-shot": "few_shot.py", "zero-shot": "zero_shot.py"}
+"""Tables that are no suite's -> the script that measures."""
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -27,7 +29,8 @@ def filled(text: str, results: Path) -> str:
     def table(place: re.Match[str]) -> str:
         path = results / (f"{place[2]}.md" if "/" in place[2] else f"{place[2]}/table.md")
         if not path.is_file():
-            raise SystemExit(f"{path}: no such file; a script of the same folder as this one writes it")
+            writer = "method_tables.py" if "/" in place[2] else WRITERS.get(place[2], "reproduce.py")
+            raise SystemExit(f"{path}: no such file; scripts/{writer} writes it")
         text = path.read_text(encoding="utf-8")
         return f"{place[1]}\n{only_table(text) or text}\n{place[3]}"
 

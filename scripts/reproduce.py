@@ -284,7 +284,7 @@ class Process:
 def start(run: Run, threads: int, lock: int) -> Process:
     """Start `unolora train`, or go on, away from the terminal's Ctrl-C: `train_all` hands that on."""
     settings = run.folder.with_name(f"{run.name}.yaml")
-    write_text(settings, yaml.safe_dump(to_dict(run.settings), sort_keys=False, allow_unicode=True))
+    _write_settings(settings, to_dict(run.settings))
     begun = (run.folder / "config.yaml").is_file()
     command = [sys.executable, "-m", "unolora", "train", *(["--resume", str(run.folder)] if begun else [str(settings)])]
     with run.log.open("ab") as log:
@@ -412,7 +412,7 @@ def collect(all_runs: Sequence[Run], out: Path) -> None:
         settings = to_dict(runs.read_settings(run.folder))
         backbone = _without_place(settings["backbone"])
         settings |= {"backbone": backbone, "output": None, "data": {**settings["data"], "root": None}}
-        write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        _write_settings(folder / "config.yaml", settings)
         environment = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
         write_json(folder / "environment.json", {name: environment[name] for name in VERSIONS})
         if not run.finished:
@@ -422,6 +422,10 @@ def collect(all_runs: Sequence[Run], out: Path) -> None:
         shutil.copyfile(run.folder / "metrics.jsonl", folder / "metrics.jsonl")
 
 
+def _write_settings(path: Path, settings: dict[str, Any]) -> None:
+    write_text(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
 def _without_place(backbone: str) -> str:
     return Path(backbone).name if Path(backbone).is_absolute() else backbone
 
@@ -429,13 +433,14 @@ def _without_place(backbone: str) -> str:
 def restore(all_runs: Sequence[Run], out: Path) -> None:
     """Copy the numbers of runs that OUT has, and WORK has nothing of, back to where `collect` found them."""
     for run in all_runs:
-        if not run.folder.exists() and (out / run.name / "config.yaml").is_file():
+        there = replace(run, settings=replace(run.settings, output=str(out / run.name)))
+        if not run.folder.exists() and there.over:
+            settings = to_dict(runs.read_settings(there.folder))
+            if settings["backbone"] == _without_place(run.settings.backbone):
+                settings["backbone"] = run.settings.backbone
             with new_folder(run.folder) as folder:
-                shutil.copytree(out / run.name, folder, dirs_exist_ok=True)
-                settings = runs.read_yaml(folder / "config.yaml", "OUT is damaged")
-                if settings["backbone"] == _without_place(run.settings.backbone):
-                    settings["backbone"] = run.settings.backbone
-                write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+                shutil.copytree(there.folder, folder, dirs_exist_ok=True)
+                _write_settings(folder / "config.yaml", settings)
 
 
 def write_tuning(suite: Suite, out: Path) -> None:

@@ -105,16 +105,24 @@ def test_tables_go_between_their_marks(results):
 
 
 def test_a_table_that_is_not_there(results):
-    with pytest.raises(SystemExit, match=r"two/table\.md: no such file; a script"):
+    with pytest.raises(SystemExit, match=r"two/table\.md: no such file; scripts/reproduce\.py writes it"):
         readme_tables.filled("<!-- table: two -->\n<!-- end -->", results)
+    with pytest.raises(SystemExit, match=r"zero-shot/table\.md: no such file; scripts/zero_shot\.py writes it"):
+        readme_tables.filled("<!-- table: zero-shot -->\n<!-- end -->", results)
 
 
-def test_the_tables_are_what_the_results_give(tmp_path):
-    folder = ROOT / "results" / "glue-small"
+@pytest.mark.parametrize("name", ["arena", "glue-small"])
+def test_the_tables_are_what_the_results_give(name, tmp_path):
+    folder = ROOT / "results" / name
     if not folder.is_dir():
-        pytest.skip("results/glue-small is not in this checkout")
-    wanted = reproduce.table(reproduce.read_suite(ROOT / "configs" / "glue-small.yaml", tmp_path), folder)
+        pytest.skip(f"results/{name} is not in this checkout")
+    wanted = reproduce.table(reproduce.read_suite(ROOT / "configs" / f"{name}.yaml", tmp_path), folder)
     assert (folder / "table.md").read_text(encoding="utf-8") == wanted
+
+
+def test_the_pages_show_what_the_results_give():
+    if not (ROOT / "results").is_dir():
+        pytest.skip("results/ is not in this checkout")
     places = set()
     for page in readme_tables.PAGES:
         text = page.read_text(encoding="utf-8")

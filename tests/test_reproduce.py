@@ -469,6 +469,13 @@ def test_a_suite_goes_on_from_what_was_gathered_elsewhere(call, tuned, suite, tm
     assert (out / "trials" / "uno-rate0.25" / "not-finite.json").read_text() == "[]\n"
 
     shutil.rmtree(work)
+    shutil.copytree(out, tmp_path / "kept")
+    (out / "heads-seed1" / "results.json").unlink()  # gathering was cut off there
+    call("--restore", "--methods", "heads")
+    assert begun(tuned) == ["heads-seed1"]
+    shutil.rmtree(work)
+    shutil.rmtree(out)
+    shutil.copytree(tmp_path / "kept", out)
     call("--restore", "--collect")
     assert not (tuned / "calls").exists()
     assert {path: path.read_bytes() for path in files(out)} == kept
