@@ -15,7 +15,7 @@ from unolora.bench import models
 from unolora.bench.lengths import read_glue
 from unolora.bench.timing import Line, in_turns, interleaved, line, paired
 
-ROWS = 40_000
+ROWS = 400_000
 """Rows that are tokenised."""
 
 
@@ -56,7 +56,7 @@ def bf16(rounds: int) -> list[Line]:
 
 
 def preprocessing(rounds: int, glue: Path) -> list[Line]:
-    """Tokenise 40,000 rows, and read them again, beside `datasets.map` in one process."""
+    """Tokenise 400,000 rows, and read them again, beside `datasets.map` in one process."""
     import datasets
 
     from unolora import runs
@@ -76,7 +76,7 @@ def preprocessing(rounds: int, glue: Path) -> list[Line]:
         file = str(folder / f"{next(number)}.arrow")
         table.map(encode, batched=True, remove_columns=["text"], cache_file_name=file)
 
-    names = "tokenising 40,000 rows", "`datasets.map`, fast tokenizer", "the same again, kept from the first run"
+    names = f"tokenising {ROWS:,} rows", "`datasets.map`, fast tokenizer", "the same again, kept from the first run"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         tokenize(tokenizer, first, None, 128, folder / "kept")
