@@ -50,6 +50,30 @@ def answers(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["by default", "the count is given", "a policy is given"],
+)
+def test_how_long_threads_spin_is_said_before_torch_is_loaded(given, expected):
+    code = (
+        "import os, sys, unolora_cli\n"
+        "assert 'torch' not in sys.modules\n"
+        "seen = []\n"
+        "sys.addaudithook(lambda event, args: seen.append(os.environ.get('GOMP_SPINCOUNT'))\n"
+        "    if event == 'import' and args[0] == 'torch' else None)\n"
+        "assert unolora_cli.main(['doctor']) == 0\n"
+        "assert 'torch' in sys.modules\n"
+        "print(seen[0])\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env | given)
+    assert done.stdout.splitlines()[-1] == expected
+
+
 # --- help ----------------------------------------------------------------------------------------------------------
 
 
