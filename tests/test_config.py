@@ -70,7 +70,7 @@ def test_defaults_are_the_papers_sizes_with_the_better_start():
 def test_the_papers_preset():
     config = UnoLoraConfig.paper(TASKS)
     assert (config.scale_init, config.num_positions, config.dropout) == ("paper", 48, 0.1)
-    assert config.tasks == TASKS
+    assert (config.tasks, config.target_modules) == (TASKS, "query-value")
     assert UnoLoraConfig.paper(TASKS, num_positions=None, r=4).r == 4
     assert UnoLoraConfig.paper(TASKS, num_positions=None).num_positions is None
 

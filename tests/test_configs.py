@@ -72,3 +72,10 @@ def test_the_suite_names_every_method():
     suite = yaml.safe_load((CONFIGS / "glue-small.yaml").read_text(encoding="utf-8"))
     assert {own["method"] for own in suite["methods"].values()} == set(METHODS)
     assert len(suite["seeds"]) == 3
+
+
+def test_the_quickstart_s_seeds_are_the_quickstart():
+    suite = yaml.safe_load((CONFIGS / "quickstart-seeds.yaml").read_text(encoding="utf-8"))
+    alone = run_settings.flat(run_settings.from_dict(read_yaml(CONFIGS / "quickstart.yaml")))
+    ours = run_settings.flat(run_settings.from_dict(suite["settings"] | (suite["methods"]["unolora-star"] or {})))
+    assert {name for name in alone if alone[name] != ours[name]} == {"baselines"}

@@ -29,7 +29,7 @@ from unolora import InputError
 HEADS = [(family, head) for family, (_, heads) in FAMILIES.items() for head in heads]
 TARGETS = {  # endings of the adapted projections, and how many of them in 2 layers
     "t5": ({"q", "v"}, 12),
-    "bert": ({"query", "value"}, 4),
+    "bert": ({"dense"}, 2),
     "roberta": ({"query", "value"}, 4),
     "distilbert": ({"q_lin", "v_lin"}, 4),
     "deberta": ({"in_proj"}, 2),
@@ -173,9 +173,26 @@ def test_targets_by_regular_expression_layer_and_exclusion():
     assert names(target_modules=r".*layer\.1.*\.(key|value)") == [
         f"bert.encoder.layer.1.attention.self.{name}" for name in ("key", "value")
     ]
-    assert all(".layer.1." in name for name in names(layers_to_transform=[1]))
-    assert len(names(layers_to_transform=[1])) == 2
+    assert names(layers_to_transform=[1]) == ["bert.encoder.layer.1.output.dense"]
+    both = names(target_modules="query-value", layers_to_transform=[1])
+    assert both == [f"bert.encoder.layer.1.attention.self.{name}" for name in ("query", "value")]
     assert all(".layer.0." in name for name in names(exclude_modules=r".*layer\.1\..*"))
+
+
+@pytest.mark.parametrize("family", [family for family, (endings, _) in TARGETS.items() if endings])
+def test_query_and_value_by_one_name(family):
+    endings = {"query", "value"} if family == "bert" else TARGETS[family][0]
+    names = adapted(family, target_modules="query-value").layers("default")
+    assert {name.rpartition(".")[2] for name in names} == endings
+    saved = adapted(family, target_modules="query-value").peft_config["default"].target_modules
+    assert saved != "query-value", "a checkpoint names what it adapts"
+
+
+def test_the_default_of_bert_leaves_attention_s_output_alone():
+    names = list(adapted("bert").layers("default"))
+    assert names == [f"bert.encoder.layer.{block}.output.dense" for block in (0, 1)]
+    others = [name for name, _ in backbone("bert").named_modules() if name.endswith(".output.dense")]
+    assert len(others) == 4, "attention has outputs of the same ending"
 
 
 def test_a_family_without_defaults_asks_for_projections():

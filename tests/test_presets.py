@@ -21,6 +21,7 @@ def test_the_paper_s_preset_is_the_paper_s_adapter():
         "r",
         "alpha",
         "dropout",
+        "target_modules",
         "conditioning",
         "embedding_dim",
         "bottleneck_dim",

@@ -17,6 +17,8 @@ from unolora.errors import CheckpointError, InputError, unknown
 
 PEFT_TYPE = "UNOLORA"
 WEIGHTS_NAME = "adapter_model.safetensors"
+QUERY_VALUE = "query-value"
+"""In `target_modules`: the query and value projections, whatever the backbone's family calls them."""
 
 Conditioning = Literal["none", "task", "task+sample", "text"]
 ScaleInit = Literal["one", "paper"]
@@ -33,8 +35,9 @@ class UnoLoraConfig(PeftConfig):
         use_rslora: Multiply by alpha / sqrt(r) instead, so that a larger rank does not mean smaller steps
             (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA").
         dropout: Dropout on the input of A, during training.
-        target_modules: Names (suffixes) or a regular expression of the projections to adapt, or "all-linear". By
-            default the query and value projections of the backbone's family.
+        target_modules: Names (suffixes) or a regular expression of the projections to adapt, "all-linear", or
+            "query-value": the query and value projections, as the paper and PEFT's LoRA have them. By default these
+            too, but for BERT: there the second maps of the feed-forward parts, which did better (docs/method.md).
         exclude_modules: Names or a regular expression of projections to leave alone.
         layers_to_transform: Indices of the blocks to adapt; all by default.
         modules_to_save: Modules beside the adapter that are trained and saved whole.
@@ -84,7 +87,8 @@ class UnoLoraConfig(PeftConfig):
         check_adapter(self)
         if self.conditioning != "none" and not self.tasks:
             raise InputError(f"conditioning {self.conditioning!r} needs `tasks`: the names, one for each row")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+        named = self.target_modules == QUERY_VALUE
+        if isinstance(self.target_modules, str) and not named and self.layers_to_transform is not None:
             raise InputError(
                 f"`layers_to_transform` goes with a list of names in `target_modules`, got {self.target_modules!r}; "
                 "say the layers in the expression"
@@ -98,12 +102,13 @@ class UnoLoraConfig(PeftConfig):
 
     @classmethod
     def paper(cls, tasks: list[str], **overrides: Any) -> UnoLoraConfig:
-        """Return UnoLoRA* as in the paper's code: 48 shared positions, s from zero, dropout 0.1.
+        """Return UnoLoRA* as in the paper's code: on query and value, 48 shared positions, s from zero, dropout 0.1.
 
         On T5-base with 10 task rows it has 904,176 trainable parameters; with one position for each of the 72
         projections (`num_positions=None`) it has 904,368, that is 24 more rows of 8.
         """
-        return cls(tasks=tasks, **{"dropout": 0.1, "scale_init": "paper", "num_positions": 48, **overrides})
+        theirs = {"target_modules": QUERY_VALUE, "dropout": 0.1, "scale_init": "paper", "num_positions": 48}
+        return cls(tasks=tasks, **{**theirs, **overrides})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

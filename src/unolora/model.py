@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -34,7 +34,7 @@ from unolora.conditioning import (
     task_rows,
     wrap_checkpointing,
 )
-from unolora.config import PEFT_TYPE, UnoLoraConfig, task_names
+from unolora.config import PEFT_TYPE, QUERY_VALUE, UnoLoraConfig, task_names
 from unolora.errors import InputError, unknown
 from unolora.hypernetwork import Hypernetwork
 from unolora.layer import UnoLoraLayer, current_scales, scaled_by
@@ -49,6 +49,36 @@ TARGET_MODULES: dict[str, list[str] | str] = {
     "umt5": ["q", "v"],
     "vit": ["query", "value", "q_proj", "v_proj"],  # renamed within transformers 5
 }
+
+
+def named_targets(wanted: Collection[str] | str | None, config: Mapping[str, Any]) -> list[str] | str:
+    """Return the projections to adapt, with the backbone's own names where none were given.
+
+    By default they are BERT's second feed-forward maps, which beat query and value in score, time and memory where it
+    was measured (docs/method.md); the block's number keeps attention's own `output.dense` out. Of all other families,
+    and of BERT for "query-value", they are the query and value projections.
+
+    Args:
+        wanted: Names, an expression, "all-linear", "query-value", or None for the default.
+        config: The backbone's config.
+
+    Raises:
+        InputError: The family has no names here.
+    """
+    if wanted is not None and wanted != QUERY_VALUE:
+        return wanted if isinstance(wanted, str) else list(wanted)
+    family = config.get("model_type", "")
+    if family == "bert" and wanted is None:
+        return [f"{block}.output.dense" for block in range(config["num_hidden_layers"])]
+    if family == "deberta-v2" and config.get("share_att_key"):
+        # Its query projection also maps relative positions, which all samples share: no scale for each sample.
+        return ["value_proj"]
+    if family not in TARGET_MODULES:
+        raise InputError(
+            f"no default projections for the model type {family!r}; name them in `target_modules`, e.g. "
+            "['q_proj', 'v_proj'], or 'all-linear'"
+        )
+    return TARGET_MODULES[family]
 
 
 class UnoLoraLinear(UnoLoraLayer, BaseTunerLayer):
@@ -192,16 +222,10 @@ class UnoLoraModel(BaseTuner):
         hypernetwork.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
 
     def _prepare_adapter_config(self, peft_config: UnoLoraConfig, model_config: dict[str, Any]) -> UnoLoraConfig:
-        if peft_config.target_modules is None:
-            family = model_config.get("model_type")
-            if family not in self.target_module_mapping:
-                raise InputError(
-                    f"no default projections for the model type {family!r}; name them in `target_modules`, e.g. "
-                    "['q_proj', 'v_proj'], or 'all-linear'"
-                )
-            if family == "deberta-v2" and model_config.get("share_att_key"):
-                # Its query projection also maps relative positions, which all samples share: no scale for each sample.
-                peft_config.target_modules = ["value_proj"]
+        if peft_config.target_modules in (None, QUERY_VALUE):
+            found = named_targets(peft_config.target_modules, model_config)
+            as_peft = set(found) if isinstance(found, list) else found  # its own configs have sets too
+            peft_config.target_modules = as_peft  # type: ignore[assignment]
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: UnoLoraConfig, model: nn.Module) -> None:

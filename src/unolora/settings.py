@@ -34,7 +34,8 @@ class Adapter:
     dropout: float = 0.0
     """dropout on the input of A, during training"""
     target_modules: list[str] | str | None = None
-    """projections to adapt (suffixes, a regular expression, or 'all-linear'); by default the query and value ones"""
+    """projections to adapt (suffixes, a regular expression, 'all-linear' or 'query-value'); by default BERT's second
+    feed-forward maps, of other backbones query and value"""
     conditioning: str = "task+sample"
     """what the rank-wise scale depends on: none (UnoLoRA), task, task+sample (UnoLoRA*), or text (the task's words)"""
     embedding_dim: int = 8
@@ -276,6 +277,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "r": 8,
             "alpha": 16,
             "dropout": 0.1,
+            "target_modules": "query-value",
             "conditioning": "task+sample",
             "embedding_dim": 8,
             "bottleneck_dim": 16,

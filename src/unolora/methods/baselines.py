@@ -27,14 +27,12 @@ if TYPE_CHECKING:
     from unolora.settings import Adapter, Settings
 
 
-def targets(backbone: nn.Module, adapter: Adapter) -> list[str] | str | None:
+def targets(backbone: nn.Module, adapter: Adapter) -> list[str] | str:
     """Return the projections to adapt: those of the settings, or else those that UnoLoRA adapts."""
-    from unolora.model import TARGET_MODULES
+    from unolora.model import named_targets
 
-    family = getattr(backbone.config, "model_type", "")
-    if family == "deberta-v2" and getattr(backbone.config, "share_att_key", False):
-        return adapter.target_modules or ["value_proj"]  # its query projection also maps positions, which have no task
-    return adapter.target_modules or TARGET_MODULES.get(family)
+    config: Any = backbone.config
+    return named_targets(adapter.target_modules, config.to_dict())
 
 
 def lora_config(backbone: nn.Module, adapter: Adapter) -> LoraConfig:
