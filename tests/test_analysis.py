@@ -225,7 +225,11 @@ def test_pairs_that_share_seeds_are_not_independent():
 @functools.cache
 def run(seed=0, method="unolora", names=tuple(tiny.NAMES)):
     settings = tiny.settings(
-        tiny.folder() / "run", method=method, tasks=tiny.tasks(*names), training={"seed": seed, "steps": 6}
+        tiny.folder() / "run",
+        method=method,
+        tasks=tiny.tasks(*names),
+        adapter={"target_modules": "query-value"},
+        training={"seed": seed, "steps": 6},
     )
     return training.train(settings)
 
@@ -258,6 +262,7 @@ def test_names_of_other_families():
     assert sorted(names, key=collect.network_order) == [names[2], names[1], names[0]]
     assert [collect.block_of(name) for name in names[:2]] == ["decoder.block.0", "encoder.block.10"]
     kinds = {"h.0.attn.c_attn": "qkv", "layers.0.self_attn.q_proj": "q", "layer.0.attention.v_lin": "v", "proj": "proj"}
+    kinds |= {"bert.encoder.layer.0.output.dense": "output.dense", "layer.1.attention.output.dense": "attention.output.dense"}
     assert {name: collect.kind_of(name) for name in kinds} == kinds
     assert collect.layer_of("proj") == -1
 

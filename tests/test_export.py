@@ -114,10 +114,12 @@ def test_a_scale_of_samples_is_not_a_tasks():
 
 
 def test_targets_are_named_in_full_where_others_end_alike():
-    every = get_peft_model(backbone("bert"), settings("task"))
+    every = get_peft_model(backbone("bert"), settings("task", target_modules="query-value"))
     assert as_lora(every, None)[0].target_modules == {"query", "value"}
     some = get_peft_model(backbone("bert"), settings("task", target_modules=["query"], layers_to_transform=[1]))
     assert as_lora(some, None)[0].target_modules == {"bert.encoder.layer.1.attention.self.query"}
+    default = get_peft_model(backbone("bert"), settings("task"))
+    assert as_lora(default, None)[0].target_modules == {f"bert.encoder.layer.{block}.output.dense" for block in (0, 1)}
 
 
 def test_every_family_loads_without_the_library(tmp_path):

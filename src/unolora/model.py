@@ -51,7 +51,9 @@ TARGET_MODULES: dict[str, list[str] | str] = {
 }
 
 
-def named_targets(wanted: Collection[str] | str | None, config: Mapping[str, Any]) -> list[str] | str:
+def named_targets(
+    wanted: Collection[str] | str | None, config: Mapping[str, Any], *, listed: bool = False
+) -> list[str] | str:
     """Return the projections to adapt, with the backbone's own names where none were given.
 
     By default they are BERT's second feed-forward maps, which beat query and value in score, time and memory where it
@@ -61,6 +63,8 @@ def named_targets(wanted: Collection[str] | str | None, config: Mapping[str, Any
     Args:
         wanted: Names, an expression, "all-linear", "query-value", or None for the default.
         config: The backbone's config.
+        listed: Whether a default must be a list of names, for `layers_to_transform` to choose from. An expression is
+            better: on a backbone of another depth it finds more or fewer, and so the mistake is seen.
 
     Raises:
         InputError: The family has no names here.
@@ -69,7 +73,8 @@ def named_targets(wanted: Collection[str] | str | None, config: Mapping[str, Any
         return wanted if isinstance(wanted, str) else list(wanted)
     family = config.get("model_type", "")
     if family == "bert" and wanted is None:
-        return [f"{block}.output.dense" for block in range(config["num_hidden_layers"])]
+        blocks = range(config["num_hidden_layers"])
+        return [f"{block}.output.dense" for block in blocks] if listed else r".*\.\d+\.output\.dense"
     if family == "deberta-v2" and config.get("share_att_key"):
         # Its query projection also maps relative positions, which all samples share: no scale for each sample.
         return ["value_proj"]
@@ -223,7 +228,8 @@ class UnoLoraModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: UnoLoraConfig, model_config: dict[str, Any]) -> UnoLoraConfig:
         if peft_config.target_modules in (None, QUERY_VALUE):
-            found = named_targets(peft_config.target_modules, model_config)
+            listed = peft_config.layers_to_transform is not None
+            found = named_targets(peft_config.target_modules, model_config, listed=listed)
             as_peft = set(found) if isinstance(found, list) else found  # its own configs have sets too
             peft_config.target_modules = as_peft  # type: ignore[assignment]
         return super()._prepare_adapter_config(peft_config, model_config)

@@ -215,8 +215,10 @@ def block_of(projection: str) -> str:
 
 
 def kind_of(projection: str) -> str:
-    """Return "q", "k", "v" or "qkv", or else the last part of a projection's name."""
+    """Return "q", "k", "v" or "qkv", or else the last part of a projection's name, of BERT's `dense` what is before."""
     last = projection.split(".")[-1]
+    if last == "dense":
+        return re.sub(r".*\.\d+\.", "", projection)
     plain = re.sub(r"_(proj|lin)$", "", last.lower())
     return next((kind for kind, names in KINDS.items() if plain in names), last)
 
