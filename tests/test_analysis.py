@@ -262,7 +262,10 @@ def test_names_of_other_families():
     assert sorted(names, key=collect.network_order) == [names[2], names[1], names[0]]
     assert [collect.block_of(name) for name in names[:2]] == ["decoder.block.0", "encoder.block.10"]
     kinds = {"h.0.attn.c_attn": "qkv", "layers.0.self_attn.q_proj": "q", "layer.0.attention.v_lin": "v", "proj": "proj"}
-    kinds |= {"bert.encoder.layer.0.output.dense": "output.dense", "layer.1.attention.output.dense": "attention.output.dense"}
+    kinds |= {
+        "bert.encoder.layer.0.output.dense": "output.dense",
+        "layer.1.attention.output.dense": "attention.output.dense",
+    }
     assert {name: collect.kind_of(name) for name in kinds} == kinds
     assert collect.layer_of("proj") == -1
 
@@ -576,7 +579,11 @@ def test_short_names_tell_folders_apart(tmp_path):
 
 
 def test_runs_of_other_settings_are_no_seeds_of_each_other(tmp_path):
-    other = training.train(tiny.settings(tmp_path / "run", adapter={"r": 2}, training={"seed": 1, "steps": 6}))
+    other = training.train(
+        tiny.settings(
+            tmp_path / "run", adapter={"r": 2, "target_modules": "query-value"}, training={"seed": 1, "steps": 6}
+        )
+    )
     found = analysis.analyze([run(), other], rows=0)
     assert {row["label"] for row in found.table} == {"UnoLoRA* (task+sample), r=4", "UnoLoRA* (task+sample), r=2"}
 

@@ -66,7 +66,7 @@ def with_loras_weights(family: str, dropout: float = 0.0) -> tuple[PeftModel, Pe
         r=4,
         lora_alpha=12,
         lora_dropout=dropout,
-        target_modules=sorted({name.rpartition(".")[2] for name in uno.layers("default")}),
+        target_modules=list(uno.layers("default")),
         fan_in_fan_out=family == "gpt2",
         task_type=first_head(family),
     )

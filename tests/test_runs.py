@@ -17,8 +17,8 @@ from unolora.config import UnoLoraConfig
 from unolora.data import Collator
 from unolora.errors import CheckpointError, InputError
 
-POSITIONS, WIDTH, RANK = 4, 32, 4  # query and value of two layers
-LORA = POSITIONS * RANK * 2 * WIDTH
+POSITIONS, WIDTH, INNER, RANK = 2, 32, 48, 4  # the second feed-forward maps of two layers
+LORA = POSITIONS * RANK * (INNER + WIDTH)
 HEADS = (2 + 3 + 1) * (WIDTH + 1)
 
 
@@ -36,7 +36,7 @@ def bert():
     """Parameters of the tiny BERT without its pooler."""
     vocabulary = len(tiny.tokenizer())
     embeddings = (vocabulary + 48 + 2) * WIDTH + 2 * WIDTH
-    layer = 4 * mlp(WIDTH, WIDTH) + 2 * WIDTH + mlp(WIDTH, 48) + mlp(48, WIDTH) + 2 * WIDTH
+    layer = 4 * mlp(WIDTH, WIDTH) + 2 * WIDTH + mlp(WIDTH, INNER) + mlp(INNER, WIDTH) + 2 * WIDTH
     return embeddings + 2 * layer
 
 
@@ -55,11 +55,11 @@ ADAPTER = {
     "full-per-task": 3 * bert(),
     "heads-only": 0,
     "hyperformer": hyperformer() + NORMS,
-    "ia3": 2 * (2 * WIDTH + WIDTH + 48),  # PEFT scales the input of both `output.dense`
-    "lora-matched": 13 * LORA // RANK,  # rank 13 is the first with as many as UnoLoRA*
+    "ia3": 2 * (2 * WIDTH + WIDTH + INNER),  # PEFT scales the input of both `output.dense`
+    "lora-matched": 18 * LORA // RANK,  # rank 18 is the first with as many as UnoLoRA*
     "lora-per-task": 3 * LORA,
     "lora-shared": LORA,
-    "mtl-lora": 2 * LORA + POSITIONS * (3 * (RANK * RANK + 3)),  # an A of 32, three B's of 32
+    "mtl-lora": POSITIONS * (RANK * (INNER + 3 * WIDTH) + 3 * (RANK * RANK + 3)),  # an A, three B's
     "poly": 4 * LORA + ROUTES,
     "prompt-tuning": 6 * WIDTH + 3 * (6 + WIDTH),
     "unolora": LORA + hypernetwork(sample=True),

@@ -370,7 +370,7 @@ def test_accumulation_does_not_change_the_step(method, tmp_path):
     apart = torch.cat([(one[name] - other[name]).abs().flatten() for name in one if "key.bias" not in name])
     if method.startswith("full"):  # Adam blows up the rounding where a gradient is next to zero, as that of key.bias is
         apart = apart.quantile(0.999)
-    assert apart.max() < 2e-6
+    assert apart.max() < 5e-6
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])

@@ -166,7 +166,7 @@ def test_the_losses_are_those_on_record(changes, expected, tmp_path):
     config = tiny.settings(
         tmp_path / "run",
         backbone=str(tiny.backbone(dropout=0.0)),
-        adapter={"r": 4, "dropout": 0.0, **changes.get("adapter", {})},
+        adapter={"r": 4, "dropout": 0.0, "target_modules": "query-value", **changes.get("adapter", {})},
         training={
             "steps": 4, "log_every": 1, "evaluate_every": 4, "checkpoint_every": 4, "schedule": "constant",
             **changes.get("training", {}),

@@ -288,7 +288,7 @@ def test_the_losses_are_those_on_record(tmp_path):
         of_words(
             tmp_path / "run",
             backbone=str(tiny.backbone(dropout=0.0)),
-            adapter={"conditioning": "text", "r": 4, "dropout": 0.0},
+            adapter={"conditioning": "text", "r": 4, "dropout": 0.0, "target_modules": "query-value"},
             training={"steps": 4, "log_every": 1, "evaluate_every": 4, "checkpoint_every": 4, "schedule": "constant"},
         )
     )
