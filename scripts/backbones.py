@@ -18,7 +18,7 @@ import transformers as tf
 from peft import get_peft_model
 
 from unolora import UnoLoraConfig
-from unolora.model import TARGET_MODULES
+from unolora.model import TARGET_MODULES, named_targets
 
 PAGE = Path(__file__).parents[1] / "docs" / "backbones.md"
 PLACE = re.compile(r"(<!-- table: backbones -->\n).*?(<!-- end -->)", re.S)
@@ -71,8 +71,8 @@ def main() -> None:
 
 def row(family: str) -> str:
     """One line of the table."""
-    projections = TARGET_MODULES[family]
-    named = projections if isinstance(projections, str) else ", ".join(projections)
+    projections = named_targets(None, {"model_type": family})
+    named = f"`{projections}`" if isinstance(projections, str) else ", ".join(projections)
     named = named.replace("|", "\\|")
     try:
         kind, _ = build(family)

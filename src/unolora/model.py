@@ -73,8 +73,9 @@ def named_targets(
         return wanted if isinstance(wanted, str) else list(wanted)
     family = config.get("model_type", "")
     if family == "bert" and wanted is None:
-        blocks = range(config["num_hidden_layers"])
-        return [f"{block}.output.dense" for block in blocks] if listed else r".*\.\d+\.output\.dense"
+        if listed:
+            return [f"{block}.output.dense" for block in range(config["num_hidden_layers"])]
+        return r".*\.\d+\.output\.dense"
     if family == "deberta-v2" and config.get("share_att_key"):
         # Its query projection also maps relative positions, which all samples share: no scale for each sample.
         return ["value_proj"]
