@@ -82,6 +82,33 @@ def test_a_measurement_gives_lines(name):
     assert all(np.isfinite(found.ratio) and found.ratio > 0 and found.spread for found in lines)
 
 
+def test_places_are_compared_in_time_and_memory(monkeypatch):
+    peaks = dict(zip(steps.PLACES, (4, 6, 2), strict=True))
+
+    def in_turns(commands, rounds):
+        assert [command[-1] for command in commands.values()] == list(peaks)
+        return {place: [{"bytes": peaks[command[-1]]}] * rounds for place, command in commands.items()}
+
+    monkeypatch.setattr(steps, "in_turns", in_turns)
+    lines = run.MEASUREMENTS["places"](7)
+    assert [found.what for found in lines] == [*list(peaks)[1:]] * 2
+    assert {found.against for found in lines} == {"query and value, r = 16"}
+    assert [found.ratio for found in lines[2:]] == [1.5, 0.5]
+    assert all(steps.peak_bytes(place) >= 0 for place in peaks)
+
+
+def test_places_have_about_as_many_parameters():
+    """MiniLM's shapes; the ranks are those of configs/arena-ablations.yaml."""
+    base = models.backbone("minilm", hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
+    counts, layers = [], []
+    for names, r in steps.PLACES.values():
+        model = models.unolora(base, "minilm", r=r, targets=names, conditioning="none")
+        counts.append(sum(p.numel() for p in models.trained(model)))
+        layers.append(sum(isinstance(module, UnoLoraLayer) for module in model.modules()))
+    assert layers == [12, 12, 6]
+    assert max(counts) < 1.1 * min(counts)
+
+
 def test_twins_share_the_frozen_weights():
     base = models.backbone("minilm")
     for model in (models.unolora(base, "minilm"), models.lora(base, "minilm"), models.floor(base)):

@@ -60,8 +60,10 @@ def loras(model: Any, name: str, adapters: int, r: int = 8) -> Any:
     return model
 
 
-def unolora(model: Any, name: str, tasks: int = 32, r: int = 8, conditioning: Any = "task+sample") -> Any:
-    """Put UnoLoRA on a twin of the backbone."""
+def unolora(
+    model: Any, name: str, tasks: int = 32, r: int = 8, conditioning: Any = "task+sample", targets: Any = None
+) -> Any:
+    """Put UnoLoRA on a twin of the backbone, by default on query and value."""
     from peft import get_peft_model
 
     from unolora.config import UnoLoraConfig
@@ -74,7 +76,7 @@ def unolora(model: Any, name: str, tasks: int = 32, r: int = 8, conditioning: An
         alpha=2 * r,
         dropout=0.1,
         conditioning=conditioning,
-        target_modules=TARGETS[name],
+        target_modules=targets or TARGETS[name],
     )
     return get_peft_model(twin(model), config)
 

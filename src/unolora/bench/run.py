@@ -20,6 +20,7 @@ MEASUREMENTS: dict[str, Measurement] = {
     "step-minilm": steps.step_minilm,
     "step-t5": steps.step_t5,
     "memory": steps.memory,
+    "places": steps.places,
     "inference": steps.inference,
     "many-tasks": steps.many_tasks,
     "bf16": data.bf16,

@@ -16,6 +16,12 @@ from unolora.fused import replace_dropout
 
 SHAPES = {"minilm": {"rows": 32, "tokens": 32}, "t5-base": {"rows": 16, "tokens": 32}}
 FLOOR = "the floor: frozen forward, backward through activations only"
+MEMORY = "MiniLM's shapes, 16 rows of 128 tokens; memory beyond that of the process with the model in it"
+PLACES: dict[str, tuple[Any, int]] = {  # with their rank in configs/arena-ablations.yaml: as many parameters
+    "query and value, r = 16": (["query", "value"], 16),
+    "both maps into the residual stream, r = 10": (["output.dense"], 10),
+    "the second feed-forward maps, r = 14": (r".*\.\d+\.output\.dense", 14),
+}
 
 
 def step(model: Any, inputs: dict[str, Tensor]) -> Callable[[], None]:
@@ -89,6 +95,24 @@ def step_t5(rounds: int) -> list[Line]:
     return _training_step("t5-base", rounds)
 
 
+def places(rounds: int) -> list[Line]:
+    """Time a training step of UnoLoRA* by what is adapted, on MiniLM's shapes, and compare the peaks of its memory."""
+    base, inputs = models.backbone("minilm"), mixed(models.batch("minilm", **SHAPES["minilm"]), 32)
+    times = interleaved(
+        {
+            place: step(models.unolora(base, "minilm", r=r, targets=names), inputs)
+            for place, (names, r) in PLACES.items()
+        },
+        rounds,
+    )
+    found = in_turns({place: ["-m", "unolora.bench.steps", place] for place in PLACES}, rounds)
+    first, *others = PLACES
+    return [
+        *(line(times, place, first, "", f"training step; {_shape('minilm')}") for place in others),
+        *(paired(found, "bytes", place, first, "", f"peak memory; {MEMORY}") for place in others),
+    ]
+
+
 def inference(rounds: int) -> list[Line]:
     """Time a forward of 32 tasks mixed."""
     name = "minilm"
@@ -159,10 +183,9 @@ def memory(rounds: int) -> list[Line]:
     commands = {what: ["-m", "unolora.bench.steps", kind] for what, kind in programs.items()}
     found = in_turns(commands, rounds)
     ours, lora, _ = programs
-    note = "MiniLM's shapes, 16 rows of 128 tokens; memory beyond that of the process with the model in it"
     return [
-        paired(found, "bytes", ours, lora, "<= 0.95", note),
-        paired(found, "bytes", ours, FLOOR, "", note),
+        paired(found, "bytes", ours, lora, "<= 0.95", MEMORY),
+        paired(found, "bytes", ours, FLOOR, "", MEMORY),
     ]
 
 
@@ -170,8 +193,9 @@ def peak_bytes(kind: str) -> int:
     """Take two steps and return by how many bytes the peak of the process rose."""
     name = "minilm"
     base, inputs = models.backbone(name), models.batch(name, rows=16, tokens=128)
-    if kind == "unolora":
-        run = step(models.unolora(base, name), mixed(inputs, 32))
+    if kind == "unolora" or kind in PLACES:
+        names, r = PLACES.get(kind, (None, 8))
+        run = step(models.unolora(base, name, r=r, targets=names), mixed(inputs, 32))
     else:
         run = step(models.lora(base, name) if kind == "lora" else models.floor(base), inputs)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
