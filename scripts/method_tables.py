@@ -28,11 +28,17 @@ OWN = ("training.seed", "data.root", "output", "overwrite")
 """Settings in which runs of a suite differ by themselves."""
 NOT_YET = "not measured yet"
 
-# setting, the paper's, the default, the row of results/arena-ablations that has the paper's instead
+# setting, the paper's, the default, the rows of results/arena-ablations that have the paper's and the default
 DEFAULTS = (
-    ("start of the scale", "s = S(e), near zero", "s = 1 + S(e), spread (`scale_init: one`)", "start-paper"),
-    ("sample encoding", "over padding too (its code)", "over the tokens (`mask_padding`)", "unmasked"),
-    ("batches", "of one task", "mixed (`sampling.mixed`)", "task-batches"),
+    (
+        "adapted projections",
+        "query and value",
+        "BERT's second feed-forward maps; of other backbones query and value",
+        ("query-value", "feed-forward-output"),
+    ),
+    ("start of the scale", "s = S(e), near zero", "s = 1 + S(e), spread (`scale_init: one`)", ("start-paper", "base")),
+    ("sample encoding", "over padding too (its code)", "over the tokens (`mask_padding`)", ("unmasked", "base")),
+    ("batches", "of one task", "mixed (`sampling.mixed`)", ("task-batches", "base")),
     ("positions", "48 rows for 72 projections (its code)", "one for each projection (`num_positions`)", None),
     ("dropout of the adapter", "0.1", "0", None),
     ("learning rate", "1e-4, 262,144 steps", "1e-3, the task's to choose", None),
@@ -131,10 +137,10 @@ def defaults(folder: Path) -> str:
     """Write the defaults beside the paper's settings."""
     changes = {change.name: change for change in read(folder, "validation")} if folder.is_dir() else {}
     rows = []
-    for what, paper, ours, name in DEFAULTS:
+    for what, paper, ours, names in DEFAULTS:
         told = NOT_YET
-        if name in changes and "base" in changes:
-            told = f"{gain(difference(changes[name], changes['base']))} with the paper's"
+        if names is not None and changes.keys() >= set(names):
+            told = f"{gain(difference(*(changes[name] for name in names)))} with the paper's"
         rows.append([what, paper, ours, told])
     return markdown(["", "paper", "default", "arena, validation average"], rows)
 

@@ -470,7 +470,8 @@ def table(suite: Suite, out: Path) -> str:
     folders = [out / run.name for run in suite.runs if (out / run.name / "results.json").is_file()]
     if not folders:
         raise InputError(f"{out}: none of the suite's runs is finished; train them without --collect")
-    columns, notes = compare.compare(folders, split=suite.split, metrics="first")
+    loose = len({run.settings.training.steps for run in suite.runs}) > 1  # it means to compare different protocols
+    columns, notes = compare.compare(folders, split=suite.split, metrics="first", loose=loose)
     return compare.FORMATS["markdown"](columns, notes)
 
 

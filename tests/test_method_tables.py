@@ -67,6 +67,10 @@ def test_what_was_not_measured_is_said_to_be_so(ablations, tmp_path):
     told = {row[0]: row[3] for row in rows}
     assert told["start of the scale"].startswith("-0.1000 ± ")
     assert told["batches"] == told["learning rate"] == "not measured yet"
+    write(ablations, "query-value", {0: 0.41, 1: 0.52}, r=16)
+    assert cells(method_tables.defaults(ablations))[2][3] == "not measured yet", "its other row lacks"
+    write(ablations, "feed-forward-output", {0: 0.51, 1: 0.61}, r=14)
+    assert cells(method_tables.defaults(ablations))[2][3].startswith("-0.0950 ± ")
     assert method_tables.tuning(tmp_path) == "not measured yet\n"
     assert method_tables.paired(tmp_path / "arena", "test", "unolora-star") == "not measured yet\n"
     assert {row[3] for row in cells(method_tables.defaults(tmp_path / "none"))[2:]} == {"not measured yet"}
@@ -87,7 +91,8 @@ def test_chosen_rates(tmp_path):
 
 def test_rows_of_the_defaults_are_in_the_suite():
     suite = yaml.safe_load((ROOT / "configs" / "arena-ablations.yaml").read_text(encoding="utf-8"))
-    named = {row[3] for row in method_tables.DEFAULTS} - {None}
+    named = {name for *_, names in method_tables.DEFAULTS for name in names or ()}
+    assert len(named) > 3
     assert named <= suite["methods"].keys()
 
 
