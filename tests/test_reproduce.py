@@ -18,6 +18,7 @@ import yaml
 
 import tiny
 from unolora import compare, runs, settings, training
+from unolora.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "scripts"))
@@ -58,7 +59,7 @@ while (here / "wait").exists():
 time.sleep(0.05)
 results = json.loads(Path({template!r}, "results.json").read_text())
 results |= {{"name": run.name, "label": run.name[:-6], "seed": settings["training"]["seed"]}}
-results |= {{"backbone": settings["backbone"]}}
+results |= {{"backbone": settings["backbone"], "steps": settings["training"]["steps"]}}
 if not settings["training"]["test"]:
     best = json.loads((here / "best").read_text())[settings["method"]]
     reached = 1 - abs(settings["training"]["learning_rate"] - best)
@@ -446,6 +447,16 @@ def test_the_table_is_that_of_compare(call, program, tmp_path):
     text = (tmp_path / "out" / "table.md").read_text()
     assert text == compare.as_markdown(table, notes)
     assert re.findall(r"^\| (heads|uno) .*\| 0, 1 \|$", text, re.M) == ["heads", "uno"]
+
+
+def test_a_suite_may_compare_numbers_of_steps(call, program, suite, tmp_path):
+    write_suite(suite, METHODS | {"half": {"training": {"steps": 6}}})
+    call()
+    folders = [tmp_path / "out" / f"{method}-seed0" for method in ("heads", "half")]
+    with pytest.raises(InputError, match="differ in steps"):
+        compare.compare(folders)
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert re.findall(r"^\| (half|heads|uno) ", text, re.M) == ["heads", "uno", "half"]
 
 
 def test_gathering_again_changes_nothing(call, program, tmp_path):
