@@ -91,8 +91,10 @@ def test_places_are_compared_in_time_and_memory(monkeypatch):
 
     monkeypatch.setattr(steps, "in_turns", in_turns)
     lines = run.MEASUREMENTS["places"](7)
-    assert [found.what for found in lines] == [*list(peaks)[1:]] * 2
-    assert {found.against for found in lines} == {"query and value, r = 16"}
+    first, *others = peaks
+    for lines_of, what in ((lines[:2], "training step"), (lines[2:], "peak memory")):
+        assert [found.what for found in lines_of] == [f"{what}, {place}" for place in others]
+        assert {found.against for found in lines_of} == {f"{what}, {first}"}
     assert [found.ratio for found in lines[2:]] == [1.5, 0.5]
     assert all(steps.peak_bytes(place) >= 0 for place in peaks)
 

@@ -100,16 +100,16 @@ def places(rounds: int) -> list[Line]:
     base, inputs = models.backbone("minilm"), mixed(models.batch("minilm", **SHAPES["minilm"]), 32)
     times = interleaved(
         {
-            place: step(models.unolora(base, "minilm", r=r, targets=names), inputs)
+            f"training step, {place}": step(models.unolora(base, "minilm", r=r, targets=names), inputs)
             for place, (names, r) in PLACES.items()
         },
         rounds,
     )
-    found = in_turns({place: ["-m", "unolora.bench.steps", place] for place in PLACES}, rounds)
-    first, *others = PLACES
+    found = in_turns({f"peak memory, {place}": ["-m", "unolora.bench.steps", place] for place in PLACES}, rounds)
+    (step_of_first, *steps), (peak_of_first, *peaks) = times, found
     return [
-        *(line(times, place, first, "", f"training step; {_shape('minilm')}") for place in others),
-        *(paired(found, "bytes", place, first, "", f"peak memory; {MEMORY}") for place in others),
+        *(line(times, name, step_of_first, "", _shape("minilm")) for name in steps),
+        *(paired(found, "bytes", name, peak_of_first, "", MEMORY) for name in peaks),
     ]
 
 
