@@ -13,14 +13,16 @@ from torch import Tensor
 from unolora.bench import models
 from unolora.bench.timing import Line, in_turns, interleaved, line, paired
 from unolora.fused import replace_dropout
+from unolora.model import named_targets
 
 SHAPES = {"minilm": {"rows": 32, "tokens": 32}, "t5-base": {"rows": 16, "tokens": 32}}
 FLOOR = "the floor: frozen forward, backward through activations only"
+FEED_FORWARD = named_targets(None, {"model_type": "bert"})
 MEMORY = "MiniLM's shapes, 16 rows of 128 tokens; memory beyond that of the process with the model in it"
 PLACES: dict[str, tuple[Any, int]] = {  # with their rank in configs/arena-ablations.yaml: as many parameters
     "query and value, r = 16": (["query", "value"], 16),
     "both maps into the residual stream, r = 10": (["output.dense"], 10),
-    "the second feed-forward maps, r = 14": (r".*\.\d+\.output\.dense", 14),
+    "the second feed-forward maps, r = 14": (FEED_FORWARD, 14),
 }
 
 
@@ -61,33 +63,35 @@ def _shape(name: str) -> str:
     return f"{name}'s shapes, {shape['rows']} rows of {shape['tokens']} tokens"
 
 
-def _training_step(name: str, rounds: int) -> list[Line]:
+def _training_step(name: str, rounds: int, default: Any = None) -> list[Line]:
     base, inputs = models.backbone(name), models.batch(name, **SHAPES[name])
     lora, ours = "PEFT LoRA", "training step, UnoLoRA*, 32 tasks mixed"
     in_a_run = "the same as a run takes it, the backbone's dropout by `fused.Dropout`"
     in_run = models.twin(base)
     replace_dropout(in_run)
-    times = interleaved(
-        {
-            ours: step(models.unolora(base, name), mixed(inputs, 32)),
-            in_a_run: step(models.unolora(in_run, name), mixed(inputs, 32)),
-            lora: step(models.lora(base, name), inputs),
-            FLOOR: step(models.floor(base), inputs),
-        },
-        rounds,
-    )
+    runs_of = {
+        ours: step(models.unolora(base, name), mixed(inputs, 32)),
+        in_a_run: step(models.unolora(in_run, name), mixed(inputs, 32)),
+        lora: step(models.lora(base, name), inputs),
+        FLOOR: step(models.floor(base), inputs),
+    }
+    at_default = "the same on its own default projections, not LoRA's"
+    if default is not None:
+        runs_of[at_default] = step(models.unolora(base, name, targets=default), mixed(inputs, 32))
+    times = interleaved(runs_of, rounds)
     note = _shape(name)
     return [
         line(times, ours, lora, "<= 0.93", note),
         line(times, ours, FLOOR, "<= 1.05", note),
         line(times, lora, FLOOR, "", note),
         line(times, in_a_run, lora, "", note),
+        *([] if default is None else [line(times, at_default, lora, "", note)]),
     ]
 
 
 def step_minilm(rounds: int) -> list[Line]:
     """Time a training step on MiniLM's shapes."""
-    return _training_step("minilm", rounds)
+    return _training_step("minilm", rounds, FEED_FORWARD)
 
 
 def step_t5(rounds: int) -> list[Line]:
