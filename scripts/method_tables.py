@@ -4,6 +4,7 @@
     results/arena/paired.md                test splits: each method against UnoLoRA*, paired by seed
     results/arena-ablations/paired.md      validation splits: each change against the base, paired by seed
     results/arena-ablations/defaults.md    the defaults beside the paper's settings, and what each is worth
+    results/arena-ablations/places.md      task by task, the second feed-forward maps against query and value
 
 What was not measured yet is said to be so.
 """
@@ -114,6 +115,28 @@ def paired(folder: Path, split: str, first: str) -> str:
     return markdown(head, rows)
 
 
+def by_task(folder: Path, name: str, first: str) -> str:
+    """Write what a row has more than another, task by task, on the validation splits, paired by seed."""
+    found: dict[str, list[float]] = {}
+    seeds = []
+    for path in sorted(folder.glob(f"{name}-seed*/results.json")):
+        other = folder / path.parent.name.replace(name, first, 1) / path.name
+        if other.is_file():
+            seeds.append(path.parent.name.rpartition("seed")[2])
+            theirs = _scores(other)
+            for task, score in _scores(path).items():
+                found.setdefault(task, []).append(score - theirs[task])
+    if not found:
+        return f"{NOT_YET}\n"
+    rows = [[task, gain(compare.interval(values)), verdict(compare.interval(values))] for task, values in found.items()]
+    return markdown(["", f"{name} less {first}, seeds {', '.join(seeds)}", ""], rows)
+
+
+def _scores(path: Path) -> dict[str, float]:
+    results = json.loads(path.read_text(encoding="utf-8"))
+    return {task["name"]: task["metrics"]["validation"][task["score_metric"]] for task in results["tasks"]}
+
+
 def tuning(folder: Path) -> str:
     """Write the learning rates that were tried."""
     path = folder / "tuning.json"
@@ -154,6 +177,7 @@ def main() -> None:
     write_text(arena / "paired.md", paired(arena, "test", "unolora-star"))
     write_text(ablations / "paired.md", paired(ablations, "validation", "base"))
     write_text(ablations / "defaults.md", defaults(ablations))
+    write_text(ablations / "places.md", by_task(ablations, "feed-forward-output", "query-value"))
     readme_tables.main()
 
 

@@ -62,6 +62,26 @@ def test_differences_are_paired_by_seed(ablations):
     assert by_name["base"][1:6] == [compare.NOTHING, "0.0539", "0.6000", compare.NOTHING, compare.NOTHING]
 
 
+def test_differences_task_by_task(tmp_path):
+    for name, scores in (("ours", (0.5, 0.7)), ("theirs", (0.4, 0.5)), ("theirs", (0.4,))):
+        for seed, score in enumerate(scores):
+            run = tmp_path / f"{name}-seed{seed}"
+            run.mkdir(exist_ok=True)
+            tasks = [
+                {"name": task, "score_metric": "f1", "metrics": {"validation": {"f1": score * sign, "accuracy": 9}}}
+                for task, sign in (("up", 1), ("down", -1))
+            ]
+            (run / "results.json").write_text(json.dumps({"tasks": tasks}))
+    (tmp_path / "ours-seed7").mkdir()
+    (tmp_path / "ours-seed7" / "results.json").write_text("{}")
+    head, _, *rows = cells(method_tables.by_task(tmp_path, "ours", "theirs"))
+    assert head[1] == "ours less theirs, seeds 0, 1"
+    assert [row[0] for row in rows] == ["up", "down"]
+    assert rows[0][1].startswith("+0.1500 ± ")
+    assert rows[1][1].startswith("-0.1500 ± ")
+    assert method_tables.by_task(tmp_path, "ours", "others") == "not measured yet\n"
+
+
 def test_what_was_not_measured_is_said_to_be_so(ablations, tmp_path):
     rows = cells(method_tables.defaults(ablations))[2:]
     told = {row[0]: row[3] for row in rows}
@@ -99,7 +119,13 @@ def test_rows_of_the_defaults_are_in_the_suite():
 def test_the_page_shows_what_the_results_give():
     page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     named = [place[2] for place in readme_tables.PLACE.finditer(page)]
-    assert sorted(named) == ["arena-ablations/defaults", "arena-ablations/paired", "arena/paired", "arena/tuning"]
+    assert sorted(named) == [
+        "arena-ablations/defaults",
+        "arena-ablations/paired",
+        "arena-ablations/places",
+        "arena/paired",
+        "arena/tuning",
+    ]
     results = ROOT / "results"
     if not results.is_dir():
         pytest.skip("results/ is not in this checkout")
@@ -110,3 +136,5 @@ def test_the_page_shows_what_the_results_give():
     paired = method_tables.paired(ablations, "validation", "base")
     assert (ablations / "paired.md").read_text(encoding="utf-8") == paired
     assert (ablations / "defaults.md").read_text(encoding="utf-8") == method_tables.defaults(ablations)
+    places = method_tables.by_task(ablations, "feed-forward-output", "query-value")
+    assert (ablations / "places.md").read_text(encoding="utf-8") == places
