@@ -538,3 +538,9 @@ def test_bad_arguments(arguments, message, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
+
+
+def test_a_setting_that_was_left_alone_is_called_default():
+    settings = [{"adapter.target_modules": None}, {"adapter.target_modules": "query-value"}]
+    labels = compare.told_apart(["a", "a"], settings)
+    assert labels == ["a, target_modules=default", "a, target_modules=query-value"]

@@ -322,7 +322,8 @@ def told_apart(labels: Sequence[str], settings: Sequence[Mapping[str, Any] | Non
     for label, own in zip(labels, known, strict=True):
         alike = [each for other, each in zip(labels, known, strict=True) if other == label]
         odd = [name for name in own if name not in IN_PROTOCOL and any(s.get(name) != own[name] for s in alike)]
-        found.append(", ".join([label, *(f"{name.rpartition('.')[2]}={own[name]}" for name in odd)]))
+        values = {name: "default" if own[name] is None else own[name] for name in odd}
+        found.append(", ".join([label, *(f"{name.rpartition('.')[2]}={value}" for name, value in values.items())]))
     return found
 
 
