@@ -99,7 +99,7 @@ def test_the_heat_map_is_that_of_this_text(site, opened):
         assert table.locator("caption").inner_text() == name
         rows = [row.locator("td").all_inner_texts() for row in table.locator("tbody tr").all()]
         assert rows == [[f"{value:.2f}" for value in row] for row in s.tolist()]
-        assert table.locator("tbody th").all_inner_texts() == ["0.query", "0.value", "1.query", "1.value"]
+        assert table.locator("tbody th").all_inner_texts() == ["0.output.dense", "1.output.dense"]
         sides = [
             [cell.get_attribute("class") for cell in row.locator("td").all()] for row in table.locator("tr").all()[1:]
         ]

@@ -105,11 +105,14 @@ function scales(inputs) {
   return found;
 }
 
-/** Names of projections without what all of them share. */
+/** Names of projections without what all of them share; where only a number would be left, with what comes after it. */
 function short(names) {
   const parts = names.map((name) => name.split("."));
   const same = (place) => parts.every((each) => each[place] === parts[0][place]);
-  return parts.map((each) => each.filter((_, place) => each.length < 2 || !same(place)).join(".") || each.at(-1));
+  return parts.map((each) => {
+    const own = each.filter((_, place) => each.length < 2 || !same(place)).join(".") || each.at(-1);
+    return /\D/.test(own) ? own : each.slice(each.indexOf(own)).join(".");
+  });
 }
 
 function heat({ task, scales: rows }, names, most) {
