@@ -53,20 +53,24 @@ class Change:
     name: str
     settings: Mapping[str, Any]
     per_task: float
-    by_seed: Mapping[int, float]
+    by_seed: dict[int, float]
+    tasks: dict[int, dict[str, float]]  # seed -> the validation score of each task
 
 
 def read(folder: Path, split: str) -> list[Change]:
     """Read the finished runs of a suite, named METHOD-seedN, in the order in which its methods come in the suite."""
-    found: dict[str, tuple[dict[str, Any], float, dict[int, float]]] = {}
+    found: dict[str, Change] = {}
     for path in sorted(folder.glob("*-seed*/results.json")):
         name, _, seed = path.parent.name.rpartition("-seed")
         results = json.loads(path.read_text(encoding="utf-8"))
         settings = {k: v for k, v in flat(runs.read_settings(path.parent)).items() if k not in OWN}
-        by_seed = found.setdefault(name, (settings, results["parameters"]["per_task_percent"], {}))[2]
-        by_seed[int(seed)] = results["averages"][AVERAGE][split]
+        change = found.setdefault(name, Change(name, settings, results["parameters"]["per_task_percent"], {}, {}))
+        change.by_seed[int(seed)] = results["averages"][AVERAGE][split]
+        change.tasks[int(seed)] = {
+            task["name"]: task["metrics"]["validation"][task["score_metric"]] for task in results["tasks"]
+        }
     suite = yaml.safe_load((readme_tables.ROOT / "configs" / f"{folder.name}.yaml").read_text(encoding="utf-8"))
-    return [Change(name, *found[name]) for name in suite["methods"] if name in found]
+    return [found[name] for name in suite["methods"] if name in found]
 
 
 def difference(change: Change, base: Change) -> compare.Interval | None:
@@ -117,24 +121,16 @@ def paired(folder: Path, split: str, first: str) -> str:
 
 def by_task(folder: Path, name: str, first: str) -> str:
     """Write what a row has more than another, task by task, on the validation splits, paired by seed."""
-    found: dict[str, list[float]] = {}
-    seeds = []
-    for path in sorted(folder.glob(f"{name}-seed*/results.json")):
-        other = folder / path.parent.name.replace(name, first, 1) / path.name
-        if other.is_file():
-            seeds.append(path.parent.name.rpartition("seed")[2])
-            theirs = _scores(other)
-            for task, score in _scores(path).items():
-                found.setdefault(task, []).append(score - theirs[task])
-    if not found:
+    changes = {change.name: change.tasks for change in read(folder, "validation")}
+    ours, theirs = changes.get(name, {}), changes.get(first, {})
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
         return f"{NOT_YET}\n"
-    rows = [[task, gain(compare.interval(values)), verdict(compare.interval(values))] for task, values in found.items()]
-    return markdown(["", f"{name} less {first}, seeds {', '.join(seeds)}", ""], rows)
-
-
-def _scores(path: Path) -> dict[str, float]:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    return {task["name"]: task["metrics"]["validation"][task["score_metric"]] for task in results["tasks"]}
+    rows = []
+    for task in ours[seeds[0]]:
+        apart = compare.interval([ours[seed][task] - theirs[seed][task] for seed in seeds])
+        rows.append([task, gain(apart), verdict(apart)])
+    return markdown(["", f"{name} less {first}, seeds {', '.join(map(str, seeds))}", ""], rows)
 
 
 def tuning(folder: Path) -> str:

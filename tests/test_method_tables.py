@@ -23,6 +23,10 @@ def write(folder, name, by_seed, split="validation", **adapter):
         run = folder / f"{name}-seed{seed}"
         run.mkdir(parents=True)
         found = {"averages": {method_tables.AVERAGE: {split: value}}, "parameters": {"per_task_percent": 0.0539}}
+        found["tasks"] = [
+            {"name": task, "score_metric": "f1", "metrics": {"validation": {"f1": value * sign, "accuracy": 9}}}
+            for task, sign in (("up", 1), ("down", -1))
+        ]
         (run / "results.json").write_text(json.dumps(found))
         own = {"adapter": {"r": 8, **adapter}, "training": {"seed": seed, "steps": 3}}
         config = {"method": "unolora", "tasks": ["spam"], **own}
@@ -63,23 +67,15 @@ def test_differences_are_paired_by_seed(ablations):
 
 
 def test_differences_task_by_task(tmp_path):
-    for name, scores in (("ours", (0.5, 0.7)), ("theirs", (0.4, 0.5)), ("theirs", (0.4,))):
-        for seed, score in enumerate(scores):
-            run = tmp_path / f"{name}-seed{seed}"
-            run.mkdir(exist_ok=True)
-            tasks = [
-                {"name": task, "score_metric": "f1", "metrics": {"validation": {"f1": score * sign, "accuracy": 9}}}
-                for task, sign in (("up", 1), ("down", -1))
-            ]
-            (run / "results.json").write_text(json.dumps({"tasks": tasks}))
-    (tmp_path / "ours-seed7").mkdir()
-    (tmp_path / "ours-seed7" / "results.json").write_text("{}")
-    head, _, *rows = cells(method_tables.by_task(tmp_path, "ours", "theirs"))
-    assert head[1] == "ours less theirs, seeds 0, 1"
+    folder = tmp_path / "arena-ablations"
+    write(folder, "gate", {0: 0.5, 1: 0.7, 7: 0.9})
+    write(folder, "base", {0: 0.4, 1: 0.5})
+    head, _, *rows = cells(method_tables.by_task(folder, "gate", "base"))
+    assert head[1] == "gate less base, seeds 0, 1"
     assert [row[0] for row in rows] == ["up", "down"]
     assert rows[0][1].startswith("+0.1500 ± ")
     assert rows[1][1].startswith("-0.1500 ± ")
-    assert method_tables.by_task(tmp_path, "ours", "others") == "not measured yet\n"
+    assert method_tables.by_task(folder, "gate", "rank-2") == "not measured yet\n"
 
 
 def test_what_was_not_measured_is_said_to_be_so(ablations, tmp_path):

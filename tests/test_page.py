@@ -9,9 +9,11 @@ import sys
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+import tiny
 from live import live
 from test_engine import alone
 from test_serve import SPOKEN
+from unolora import runs, training
 from unolora.serving import auth
 
 CHROMIUM = shutil.which("chromium")
@@ -108,6 +110,17 @@ def test_the_heat_map_is_that_of_this_text(site, opened):
         cell.evaluate("cell => getComputedStyle(cell).backgroundColor") for cell in page.locator(".heat td").all()
     }
     assert len(colours) > 10
+
+
+def test_the_heat_map_names_query_and_value(opened, tmp_path):
+    settings = tiny.settings(tmp_path / "run", adapter={"target_modules": "query-value"}, training={"steps": 2})
+    with live(runs.load_run(training.train(settings))) as site:
+        page = opened(site)
+        ask(page, SPOKEN["mood"], tasks=["mood"])
+        page.get_by_text("How each task scales the ranks for this text").click()
+        names = page.locator("table.heat tbody th")
+        expect(names).to_have_count(4)
+        assert names.all_inner_texts() == ["0.query", "0.value", "1.query", "1.value"]
 
 
 def test_copies_do_the_same(run, site, opened):

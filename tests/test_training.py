@@ -360,7 +360,13 @@ def test_accumulation_does_not_change_the_step(method, tmp_path):
     """Not for Poly, which draws its skills anew in each forward."""
     found = {}
     for parts in (1, 4):
-        settings = plain(tmp_path, f"{parts}", method=method, training={"gradient_accumulation": parts})
+        settings = plain(
+            tmp_path,
+            f"{parts}",
+            method=method,
+            adapter={"r": 4, "dropout": 0.0, "target_modules": "query-value"},
+            training={"gradient_accumulation": parts},
+        )
         found[parts] = training.train(settings)
     losses = {k: [line["loss"] for line in tiny.lines(run) if line["kind"] == "train"] for k, run in found.items()}
     assert len(losses[1]) == 3
@@ -370,7 +376,7 @@ def test_accumulation_does_not_change_the_step(method, tmp_path):
     apart = torch.cat([(one[name] - other[name]).abs().flatten() for name in one if "key.bias" not in name])
     if method.startswith("full"):  # Adam blows up the rounding where a gradient is next to zero, as that of key.bias is
         apart = apart.quantile(0.999)
-    assert apart.max() < 5e-6
+    assert apart.max() < 2e-6
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])

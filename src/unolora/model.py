@@ -228,11 +228,10 @@ class UnoLoraModel(BaseTuner):
         hypernetwork.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
 
     def _prepare_adapter_config(self, peft_config: UnoLoraConfig, model_config: dict[str, Any]) -> UnoLoraConfig:
-        if peft_config.target_modules in (None, QUERY_VALUE):
-            listed = peft_config.layers_to_transform is not None
-            found = named_targets(peft_config.target_modules, model_config, listed=listed)
-            as_peft = set(found) if isinstance(found, list) else found  # its own configs have sets too
-            peft_config.target_modules = as_peft  # type: ignore[assignment]
+        listed = peft_config.layers_to_transform is not None
+        found = named_targets(peft_config.target_modules, model_config, listed=listed)
+        as_peft = set(found) if isinstance(found, list) else found  # its own configs have sets too
+        peft_config.target_modules = as_peft  # type: ignore[assignment]
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: UnoLoraConfig, model: nn.Module) -> None:

@@ -20,7 +20,7 @@ FLOOR = "the floor: frozen forward, backward through activations only"
 FEED_FORWARD = named_targets(None, {"model_type": "bert"})
 MEMORY = "MiniLM's shapes, 16 rows of 128 tokens; memory beyond that of the process with the model in it"
 PLACES: dict[str, tuple[Any, int]] = {  # with their rank in configs/arena-ablations.yaml: as many parameters
-    "query and value, r = 16": (["query", "value"], 16),
+    "query and value, r = 16": (models.TARGETS["minilm"], 16),
     "both maps into the residual stream, r = 10": (["output.dense"], 10),
     "the second feed-forward maps, r = 14": (FEED_FORWARD, 14),
 }
