@@ -257,7 +257,7 @@ def test_scales_are_those_of_the_forward(run, engine):
     for hook in hooks:
         hook.remove()
     found = engine.scales(inputs)
-    assert len(engine.predictor.positions()) == len(layers) == 2
+    assert len(engine.about.positions) == len(layers) == 2
     torch.testing.assert_close(torch.stack(found), torch.stack(wanted))
     assert not torch.equal(found[0], found[1])
 

@@ -28,7 +28,8 @@ from live import live
 from test_engine import Held, mixed, poison
 from test_serve import bearer, problem
 from unolora import runs, training
-from unolora.serving import auth, server
+from unolora.serving import auth
+from unolora.serving.engine import settle
 
 INPUT = [("mood", "a good day")]
 
@@ -403,7 +404,7 @@ def test_a_replaced_adapter_goes_though_the_collector_is_kept_away(reloadable):
     """What `settle` hides from the garbage collector is freed once nothing refers to it."""
     site, _ = reloadable
     assert site.client.post("/v1/reload").status_code == 200  # the first one is held by this test
-    server.settle()
+    settle()
     try:
         assert gc.get_freeze_count() > 100_000
         replaced = weakref.ref(site.service.engine.predictor.run.model)
@@ -425,14 +426,14 @@ def test_keys_are_read_again(reloadable, tmp_path):
 def test_one_reload_at_a_time(reloadable, monkeypatch):
     site, _ = reloadable
     sign, begun = threading.Event(), threading.Event()
-    original = site.service._reload
+    original = site.service.engine.reload
 
     def slow():
         begun.set()
         assert sign.wait(20)
         original()
 
-    monkeypatch.setattr(site.service, "_reload", slow)
+    monkeypatch.setattr(site.service.engine, "reload", slow)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(site.client.post, "/v1/reload")
         assert begun.wait(20)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -170,22 +169,30 @@ def _server(folder: Path) -> Iterator[tuple[int, int]]:
             process.terminate()
 
 
-def _work(process: int) -> float:
-    """Return the processor time that a process has used in seconds, or 0 where the system does not show it."""
+def _family(process: int) -> list[int]:
+    """Return a process and its children, where the system shows them as Linux does."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return [process, *map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())]
+    except OSError:
+        return [process]
+
+
+def _work(process: int) -> float:
+    """Return the processor time that a server has used in seconds, or 0 where the system does not show it."""
+    try:
+        stats = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in _family(process)]
     except OSError:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
 
 
 def _memory(process: int) -> int | None:
-    """Return the resident memory of a process, where the system shows it as Linux does."""
+    """Return the resident memory of a server in bytes, what its processes share counted once, where Linux shows it."""
     try:
-        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+        pages = [Path(f"/proc/{each}/smaps_rollup").read_text() for each in _family(process)]
     except OSError:
         return None
-    return pages * resource.getpagesize()
+    return 1024 * sum(int(page.split("\nPss:", 1)[1].split()[0]) for page in pages)
 
 
 def _ask(port: int, bodies: Sequence[str], clients: int, requests: int) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware.cors import CORSMiddleware
 
 from unolora.errors import InputError
-from unolora.methods import label
 from unolora.serving import openai_routes
+from unolora.serving.engine_process import EngineProcess
 from unolora.serving.limits import Body, Guard
 from unolora.serving.logs import fields
 from unolora.serving.observed import Observed
@@ -134,6 +134,8 @@ def create_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if isinstance(service.engine, EngineProcess):
+            await service.engine.start()
         following = asyncio.create_task(service.follow()) if service.shared else None
         yield
         if following is not None:
@@ -149,7 +151,7 @@ def create_app(service: Service) -> FastAPI:
         responses=described(400, 401, 422, 429),
     )
     app.state.service = service
-    service.metrics.watch_queue(lambda: service.engine.waiting)
+    service.metrics.watch_queue(lambda: service.engine.unanswered)
     add_handlers(app)
     app.include_router(router)
     app.include_router(openai_routes.router, dependencies=KEY)
@@ -195,7 +197,7 @@ async def scales(request: Request, body: ScalesRequest) -> JSONResponse:
     """Return s: how each task scales the ranks of each adapted projection for these very inputs."""
     service: Service = request.app.state.service
     inputs = _inputs(service, request, body.inputs)
-    positions = service.engine.predictor.positions()
+    positions = service.engine.about.positions
     work = service.engine.ascales(inputs, timeout=service.timeout(None), wait=False)
     found = await service.until_gone(request, work)
     answers = [{"task": task, "scales": s.tolist()} for (task, _), s in zip(inputs, found, strict=True)]
@@ -206,14 +208,14 @@ async def scales(request: Request, body: ScalesRequest) -> JSONResponse:
 async def tasks(request: Request) -> TasksResponse:
     """List the tasks."""
     service: Service = request.app.state.service
-    predictor, settings = service.engine.predictor, service.engine.predictor.run.settings
+    about = service.engine.about
     return TasksResponse(
-        run=predictor.run.folder.name,
-        method=label(settings.method, settings.adapter),
-        backbone=Path(settings.backbone).name,
+        run=about.run,
+        method=about.method,
+        backbone=about.backbone,
         version=service.version,
-        generates=predictor.writes,
-        scales=predictor.has_scales,
+        generates=about.writes,
+        scales=bool(about.positions),
         tasks=[
             TaskInfo(
                 name=task.name,
@@ -224,7 +226,7 @@ async def tasks(request: Request) -> TasksResponse:
                 metric=task.metrics[0],
                 description=task.description,
             )
-            for task in predictor.tasks.values()
+            for task in about.tasks.values()
         ],
     )
 
@@ -234,7 +236,7 @@ async def reload(request: Request) -> ReloadResponse:
     """Read the run's adapter from its folder again, without dropping a request; needs the key of an admin."""
     service: Service = request.app.state.service
     await service.reload()
-    return ReloadResponse(version=service.version, tasks=list(service.engine.predictor.tasks))
+    return ReloadResponse(version=service.version, tasks=list(service.engine.about.tasks))
 
 
 @router.get("/healthz", response_model=Health, responses={503: {"model": Health, "description": "It has died"}})

@@ -12,6 +12,7 @@ halves are tried, until only the rows that fail alone are left: their callers ge
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -22,8 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from unolora.errors import InputError
-from unolora.runs import Run
+from unolora.runs import Run, load_run
 from unolora.scoring import Row
+from unolora.serving.about import About
 from unolora.serving.batching import Size, choose
 from unolora.serving.predictor import Input, Predictor, Written
 
@@ -146,6 +148,7 @@ class Engine:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)  # a row came, or the engine closes
         self._room = threading.Condition(self._lock)  # rows have left the queue
+        self._running = 0  # rows of the forward of now
         self._closing = False
         self._rate = 0.0  # rows a second, lately
         self._thread = threading.Thread(target=self._work, name="unolora-engine", daemon=True)
@@ -211,13 +214,19 @@ class Engine:
         return await self._await(SCALES, inputs, None, timeout, wait)
 
     def submit(
-        self, inputs: Sequence[Input], *, max_tokens: int | None = None, timeout: float | None = None
+        self,
+        inputs: Sequence[Input],
+        *,
+        max_tokens: int | None = None,
+        scales: bool = False,
+        timeout: float | None = None,
     ) -> Future[list[Any]]:
         """Queue inputs, all or none, and return at once.
 
         Args:
             inputs: See `predict`.
             max_tokens: Let the model write up to so many tokens, instead of predicting.
+            scales: Return s, instead of predicting.
             timeout: Seconds after which the answer is no longer wanted.
 
         Returns:
@@ -226,7 +235,8 @@ class Engine:
         Raises:
             QueueFullError: They don't all have room.
         """
-        items = self._items(PREDICT if max_tokens is None else WRITE, inputs, max_tokens, _deadline(timeout))
+        kind = SCALES if scales else PREDICT if max_tokens is None else WRITE
+        items = self._items(kind, inputs, max_tokens, _deadline(timeout))
         if not items:
             return _Request(0).future
         self._admit(items, wait=False)
@@ -244,12 +254,38 @@ class Engine:
         predictor.warm_up()
         self.predictor = predictor
 
+    def reload(self) -> None:
+        """`replace` with what the run's folder holds now.
+
+        Raises:
+            InputError: The run can't be used; the old one stays.
+        """
+        try:
+            self.replace(load_run(self.predictor.run.folder))
+        except Exception as error:  # a broken file may raise anything
+            log.warning("the adapter can't be reloaded", exc_info=error)
+            raise InputError(str(error) if isinstance(error, InputError) else type(error).__name__) from error
+
+    async def areload(self) -> None:
+        """`reload` for coroutines."""
+        await asyncio.to_thread(self.reload)
+
     # --- state -----------------------------------------------------------------------------------------------------
+
+    @property
+    def about(self) -> About:
+        """The run that answers what comes now."""
+        return self.predictor.about
 
     @property
     def waiting(self) -> int:
         """Rows in the queue."""
         return len(self._waiting)
+
+    @property
+    def unanswered(self) -> int:
+        """Rows in the queue, or being computed."""
+        return len(self._waiting) + self._running
 
     @property
     def alive(self) -> bool:
@@ -395,8 +431,9 @@ class Engine:
     def _work(self) -> None:
         try:
             while items := self._next():
-                begin = time.monotonic()
+                begin, self._running = time.monotonic(), len(items)
                 failed = self._run(items)
+                self._running = 0
                 self._report(items, begin, failed)
         finally:  # also if it dies of an error of its own: nobody must wait for ever
             self._closing = True
@@ -468,6 +505,7 @@ class Engine:
             if len(items) > 1:
                 middle = len(items) // 2
                 return self._run(items[:middle]) + self._run(items[middle:])
+            log.error("the model failed on an input", exc_info=error)
             failed = FailedError("the model failed on this input")
             failed.__cause__ = error
             items[0].request.fail(failed)
@@ -482,6 +520,16 @@ def _compute(items: Sequence[_Item]) -> Sequence[Any]:
     if items[0].kind == WRITE:
         return predictor.write(rows, [item.size.steps for item in items])
     return predictor.predict(rows) if items[0].kind == PREDICT else predictor.scales(rows)
+
+
+def settle() -> None:
+    """Keep the garbage collector away from what is there for as long as the process: libraries, above all.
+
+    It would go through hundreds of thousands of objects every few hundred requests, and nothing is answered meanwhile.
+    An adapter that is replaced goes all the same, since nothing refers to it any more.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _deadline(timeout: float | None) -> float:

@@ -38,21 +38,23 @@ class Metrics:
         self.batch_tokens = Counter("unolora_batch_tokens", "Tokens read, padding not counted.", **own)
         self.batch_seconds = Histogram("unolora_batch_seconds", "Time of a forward.", buckets=SECONDS, **own)
         self.reloads = Counter("unolora_reloads", "Reloads of the adapter.", ["result"], **own)
-        self.queue_rows = Gauge("unolora_queue_rows", "Rows that wait.", multiprocess_mode="livesum", **own)
+        self.queue_rows = Gauge(
+            "unolora_queue_rows", "Rows that wait or are being computed.", multiprocess_mode="livesum", **own
+        )
 
-    def watch_queue(self, waiting: Callable[[], int]) -> None:
+    def watch_queue(self, unanswered: Callable[[], int]) -> None:
         """Say where the length of the queue is to be read."""
         if SHARED not in os.environ:  # several processes sum what each has set last
-            self.queue_rows.set_function(waiting)
+            self.queue_rows.set_function(unanswered)
 
-    def observe(self, batch: Batch, waiting: int) -> None:
-        """Count a batch; an `Engine` calls this.
+    def observe(self, batch: Batch, unanswered: int) -> None:
+        """Count a batch; an engine calls this.
 
         Args:
             batch: The batch.
-            waiting: Rows that wait now.
+            unanswered: Rows that have no answer yet.
         """
-        self.queue_rows.set(waiting)
+        self.queue_rows.set(unanswered)
         for task, seconds in zip(batch.tasks, batch.waited, strict=True):
             self.answers.labels(task, batch.kind).inc()
             self.task_seconds.labels(task).observe(seconds)

@@ -148,7 +148,7 @@ class Models(BaseModel):
 async def models(request: Request) -> Models:
     """List the tasks, as models."""
     service: Service = request.app.state.service
-    return Models(data=[Model(id=name) for name in service.engine.predictor.tasks])
+    return Models(data=[Model(id=name) for name in service.engine.about.tasks])
 
 
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=RESPONSES)
@@ -198,9 +198,9 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 
 
 def _check(service: Service, model: str) -> None:
-    if not service.engine.predictor.writes:
+    if not service.engine.about.writes:
         raise ProblemError(404, "no_generation", "this run has heads, which write nothing; ask /v1/predict")
-    if model not in service.engine.predictor.tasks:
+    if model not in service.engine.about.tasks:
         try:
             service.task(model)
         except InputError as error:

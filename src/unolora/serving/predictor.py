@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from unolora.data import Collator
 from unolora.errors import InputError
 from unolora.layer import current_scales
+from unolora.methods import label
 from unolora.model import UnoLoraModel
 from unolora.runs import Run
 from unolora.scoring import Row, predict_rows, text_rows
+from unolora.serving.about import About
 from unolora.serving.batching import Size
 from unolora.tasks import Task
 from unolora.text import TextModel
@@ -47,9 +50,16 @@ class Predictor:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.tasks: dict[str, Task] = {task.name: task for task in run.tasks}
         self.writes = isinstance(run.model, TextModel)
         self._tuner = _conditioned_tuner(run)
+        self.about = About(
+            run=run.folder.name,
+            method=label(run.settings.method, run.settings.adapter),
+            backbone=Path(run.settings.backbone).name,
+            tasks={task.name: task for task in run.tasks},
+            writes=self.writes,
+            positions=[] if self._tuner is None else list(self._tuner.layers("default")),
+        )
         self._collate = Collator(run.tokenizer)
         self._tokenizer = threading.Lock()  # a fast tokenizer that truncates can't be used by two threads at once
 
@@ -112,10 +122,6 @@ class Predictor:
             scales = current_scales(self._tuner)
             assert scales is not None
             return list(scales["default"].cpu().unbind())
-
-    def positions(self) -> list[str]:
-        """Return the names of the adapted projections, in the order of `scales` [P]."""
-        return [] if self._tuner is None else list(self._tuner.layers("default"))
 
     def overhead(self) -> float:
         """Measure what a pass costs beside its tokens, in tokens."""

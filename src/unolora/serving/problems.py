@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -14,8 +13,6 @@ from starlette.exceptions import HTTPException
 
 from unolora.errors import InputError
 from unolora.serving.engine import ClosedError, DeadlineError, FailedError, QueueFullError
-
-log = logging.getLogger("unolora.serving")
 
 
 class Error(BaseModel):
@@ -96,7 +93,7 @@ def add_handlers(app: FastAPI) -> None:
         QueueFullError: lambda error: problem(429, "queue_full", str(error), error.retry_after),
         DeadlineError: lambda error: problem(504, "deadline", str(error)),
         ClosedError: lambda _: problem(503, "stopping", "the server is stopping", 1),
-        FailedError: _failed,
+        FailedError: lambda error: problem(500, "failed", str(error)),
         GoneError: lambda _: problem(499, "gone", "the client has hung up"),
     }
 
@@ -122,8 +119,3 @@ def _http(error: HTTPException) -> JSONResponse:
     found = problem(error.status_code, "http", str(error.detail))
     found.headers.update(error.headers or {})
     return found
-
-
-def _failed(error: FailedError) -> JSONResponse:
-    log.error("the model failed on an input", exc_info=error.__cause__)
-    return problem(500, "failed", str(error))

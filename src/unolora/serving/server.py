@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import os
@@ -27,7 +26,8 @@ from unolora.errors import InputError
 from unolora.runs import Run, load_run
 from unolora.serving.app import create_app
 from unolora.serving.auth import Keys
-from unolora.serving.engine import Batch, Engine
+from unolora.serving.engine import Engine, settle
+from unolora.serving.engine_process import EngineProcess
 from unolora.serving.logs import configuration
 from unolora.serving.metrics import SHARED, Metrics
 from unolora.serving.service import Service
@@ -96,10 +96,7 @@ def serve(run: Path, settings: ServeSettings, listening: Callable[[str], None]) 
         url = f"{'https' if settings.tls_cert else 'http'}://{host}:{listener.getsockname()[1]}"
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once it has stopped
         if settings.workers == 1:
-            config = _config(application(load_run(run), settings), settings)
-            settle()
-            listening(url)
-            uvicorn.Server(config).run([listener])
+            _serve_apart(run, settings, listener, lambda: listening(url))
             return
         _read_keys(settings)
         load_run(run)  # so that what is wrong with it is said once, and not by each worker for ever
@@ -111,8 +108,34 @@ def serve(run: Path, settings: ServeSettings, listening: Callable[[str], None]) 
             Multiprocess(config, [listener]).run()
 
 
+def _serve_apart(run: Path, settings: ServeSettings, listener: socket.socket, listening: Callable[[], None]) -> None:
+    """Serve with the engine in a process of its own."""
+    settle()  # also of the process that is a copy of this one
+    metrics, keys = Metrics(), _read_keys(settings)
+
+    def died() -> None:
+        server.should_exit = True
+
+    engine = EngineProcess(
+        run,
+        observe=lambda batch: metrics.observe(batch, engine.unanswered),
+        died=died,
+        closing=[listener],
+        **_options(settings),
+    )
+    try:
+        server = uvicorn.Server(_config(create_app(Service(engine, settings, metrics, keys)), settings))
+        settle()
+        listening()
+        server.run([listener])
+    finally:
+        engine.close(0)
+    if engine.lost:
+        sys.exit(1)  # so that whoever keeps the server up starts another
+
+
 def application(run: Run, settings: ServeSettings, shared: Path | None = None) -> FastAPI:
-    """Build the engine and the application around it.
+    """Build the engine and the application around it, in this process.
 
     Args:
         run: From `load_run`.
@@ -120,18 +143,7 @@ def application(run: Run, settings: ServeSettings, shared: Path | None = None) -
         shared: Folder through which workers tell each other of a reload.
     """
     metrics = Metrics()
-
-    def observe(batch: Batch) -> None:
-        metrics.observe(batch, engine.waiting)
-
-    engine = Engine(
-        run,
-        max_rows=settings.max_batch,
-        max_tokens=settings.max_batch_tokens,
-        max_wait=settings.max_wait_ms / 1000,
-        max_queue=settings.max_queue,
-        observe=observe,
-    )
+    engine = Engine(run, observe=lambda batch: metrics.observe(batch, engine.unanswered), **_options(settings))
     return create_app(Service(engine, settings, metrics, _read_keys(settings), shared))
 
 
@@ -147,14 +159,13 @@ def worker() -> FastAPI:
     return app
 
 
-def settle() -> None:
-    """Keep the garbage collector away from what is there for as long as the process: libraries, above all.
-
-    It would go through hundreds of thousands of objects every few hundred requests, and nothing is answered meanwhile.
-    An adapter that is replaced goes all the same, since nothing refers to it any more.
-    """
-    gc.collect()
-    gc.freeze()
+def _options(settings: ServeSettings) -> dict[str, Any]:
+    return {
+        "max_rows": settings.max_batch,
+        "max_tokens": settings.max_batch_tokens,
+        "max_wait": settings.max_wait_ms / 1000,
+        "max_queue": settings.max_queue,
+    }
 
 
 def _config(app: Any, settings: ServeSettings) -> uvicorn.Config:

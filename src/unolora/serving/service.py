@@ -14,9 +14,9 @@ from fastapi import Request
 
 from unolora.atomic import write_text
 from unolora.errors import InputError, unknown
-from unolora.runs import load_run
 from unolora.serving.auth import Keys
 from unolora.serving.engine import Engine
+from unolora.serving.engine_process import EngineProcess
 from unolora.serving.logs import fields
 from unolora.serving.metrics import Metrics
 from unolora.serving.predictor import Input
@@ -44,7 +44,7 @@ class Service:
         version: How often the adapter was reloaded.
     """
 
-    engine: Engine
+    engine: Engine | EngineProcess
     settings: ServeSettings
     metrics: Metrics
     keys: Keys | None = None
@@ -59,7 +59,7 @@ class Service:
         Raises:
             InputError: There is none of that name.
         """
-        tasks = self.engine.predictor.tasks
+        tasks = self.engine.about.tasks
         if name not in tasks:
             raise unknown("task", name, tasks)
         return tasks[name]
@@ -112,12 +112,10 @@ class Service:
             raise ProblemError(409, "reloading", "a reload is under way")
         async with self._reloading:
             try:
-                await asyncio.to_thread(self._reload)
-            except Exception as error:  # a broken file may raise anything; the old adapter stays
+                await self._reload()
+            except InputError as error:
                 self.metrics.reloads.labels("failed").inc()
-                log.warning("the adapter can't be reloaded", exc_info=error)
-                reason = str(error) if isinstance(error, InputError) else type(error).__name__
-                raise ProblemError(409, "reload", f"the old adapter stays: {reason}") from error
+                raise ProblemError(409, "reload", f"the old adapter stays: {error}") from error
             self.version += 1
             if self.shared is not None:
                 self._seen = uuid.uuid4().hex
@@ -137,15 +135,15 @@ class Service:
                 self._seen = found
                 async with self._reloading:
                     try:
-                        await asyncio.to_thread(self._reload)
-                    except Exception as error:
-                        log.warning("another worker's reload can't be followed", exc_info=error)
+                        await self._reload()
+                    except InputError:
+                        log.warning("another worker's reload can't be followed")
                     else:
                         self.version += 1
 
-    def _reload(self) -> None:
+    async def _reload(self) -> None:
         keys = None if self.settings.keys is None else Keys.read(Path(self.settings.keys))
-        self.engine.replace(load_run(self.engine.predictor.run.folder))
+        await self.engine.areload()
         self.keys = keys
 
 
