@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 import ssl
@@ -429,6 +430,18 @@ def test_the_command_says_what_is_wrong(capsys, tmp_path):
     assert main(["serve"]) == 2
     assert main(["serve", "run", "--prot", "1"]) == 2
     assert "did you mean 'port'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "64"), ("7", "7")])
+def test_few_shapes_are_kept_unless_the_environment_says_otherwise(before, after, monkeypatch, tmp_path):
+    monkeypatch.setenv(server.SHAPES_KEPT, before or "gone")
+    if before is None:
+        monkeypatch.delenv(server.SHAPES_KEPT)
+    found = []
+    monkeypatch.setattr(server.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(server, "_serve_apart", lambda *_: found.append(os.environ[server.SHAPES_KEPT]))
+    server.serve(tmp_path, ServeSettings(port=0), lambda url: None)
+    assert found == [after]
 
 
 def test_a_port_that_is_taken(site):

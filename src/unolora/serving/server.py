@@ -34,6 +34,9 @@ from unolora.serving.service import Service
 from unolora.serving.settings import ServeSettings
 
 LONGEST_HEAD = 65_536  # bytes
+SHAPES_KEPT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+"""The environment variable that says how many operations oneDNN keeps ready, one for each shape of a batch: 1024 by
+itself, which makes the memory grow for tens of thousands of requests."""
 TOLD = "UNOLORA_SERVE"
 """The environment variable from which workers learn what to serve."""
 
@@ -94,6 +97,7 @@ def serve(run: Path, settings: ServeSettings, listening: Callable[[str], None]) 
     with _bind(settings) as listener:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"{'https' if settings.tls_cert else 'http'}://{host}:{listener.getsockname()[1]}"
+        os.environ.setdefault(SHAPES_KEPT, "64")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once it has stopped
         if settings.workers == 1:
             _serve_apart(run, settings, listener, lambda: listening(url))
