@@ -146,7 +146,7 @@ def create_app(service: Service) -> FastAPI:
     app: FastAPI = FastAPIOffline(
         redoc_url=None,
         title="unolora",
-        description="All tasks of a run, from one adapter in one process.",
+        description="All tasks of a run, from one adapter.",
         lifespan=lifespan,
         responses=described(400, 401, 422, 429),
     )

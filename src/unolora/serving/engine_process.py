@@ -25,6 +25,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,7 @@ GRACE = 10.0  # seconds for the process to end, once all is answered
 
 
 class EngineProcess:
-    """What a server asks instead of an `Engine`; all but `reload` and `close` belong to one event loop.
+    """What a server asks instead of an `Engine`; all but `close` belongs to one event loop.
 
     Args:
         run: The run's folder.
@@ -97,11 +98,19 @@ class EngineProcess:
         )
         self._process.start()
         theirs.close()
-        kind, found = next(_messages(ours), ("ended", {}))
-        if kind != "about":
+        try:
+            self.about = self._told()
+        except BaseException:  # also by Ctrl-C
             self.close(0)
-            raise InputError(found) if kind == "refused" else EngineError("the engine's process ended; see above")
-        self.about = About.from_json(found)
+            raise
+
+    def _told(self) -> About:
+        kind, found = next(_messages(self._socket), ("ended", {}))
+        if kind == "refused":
+            raise InputError(found)
+        if kind != "about":
+            raise EngineError("the engine's process ended; see above")
+        return About.from_json(found)
 
     async def start(self) -> None:
         """Listen to the answers, in the running loop."""
@@ -283,7 +292,7 @@ def _serve(connection: socket.socket, closing: Sequence[socket.socket], run: Pat
     sending = threading.Lock()
 
     def send(kind: str, what: Any) -> None:
-        with sending:
+        with sending, suppress(ConnectionError):  # the server has gone, and this ends too
             connection.sendall(_line(kind, what))
 
     try:
