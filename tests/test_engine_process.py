@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
+import threading
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,12 +17,21 @@ import torch
 
 import tiny
 import tiny_text
-from test_engine import alone, mixed
+from test_engine import alone, mixed, poison
 from test_serve import bearer
 from test_serve_faults import Process, cut, probability, scaled
 from unolora import runs, training
 from unolora.errors import InputError
-from unolora.serving import ClosedError, DeadlineError, Engine, EngineError, QueueFullError, auth, engine_process
+from unolora.serving import (
+    ClosedError,
+    DeadlineError,
+    Engine,
+    EngineError,
+    FailedError,
+    QueueFullError,
+    auth,
+    engine_process,
+)
 from unolora.serving.engine_process import EngineProcess
 
 ONE = [("mood", "a good day")]
@@ -186,6 +197,32 @@ def test_a_process_that_ends_before_it_says_anything(capfd):
     with pytest.raises(EngineError, match="see above"):
         EngineProcess(tiny.trained(), observe=lambda _: None, died=lambda: None, no_such_option=1)
     assert "no_such_option" in capfd.readouterr().err
+
+
+def test_only_the_caller_of_a_poisoned_input_gets_the_error(run, caplog):
+    """The engine's side of the socket pair, in a thread of this process, where a model can be made to fail."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Engine(run) as engine:
+        poison(engine.predictor, "poor")
+        reader = threading.Thread(
+            target=lambda: engine_process._answer_all(
+                engine, theirs, lambda kind, what: theirs.sendall(engine_process._line(kind, what))
+            )
+        )
+        reader.start()
+        for number, text in enumerate(["a good day", "poor", "a cat"]):
+            asked = {"inputs": [["mood", text]], "max_tokens": None}
+            ours.sendall(engine_process._line("predict", [number, asked]))
+        messages = engine_process._messages(ours)
+        found = {number: (kind, answer) for kind, (number, answer) in (next(messages) for _ in range(3))}
+        ours.sendall(engine_process._line("close", 20))
+        reader.join(20)
+        assert not reader.is_alive()
+    assert {number: kind for number, (kind, _) in found.items()} == {0: "answer", 1: "error", 2: "answer"}
+    name, message = found[1][1]
+    with pytest.raises(FailedError, match="failed on this input"):
+        raise engine_process.RAISED[name](message)
+    assert "the model failed on an input" in caplog.text
 
 
 # --- with its server -------------------------------------------------------------------------------------------------
