@@ -19,8 +19,9 @@ import tiny
 import tiny_text
 from test_engine import alone, mixed, poison
 from test_serve import bearer
-from test_serve_faults import Process, cut, probability, scaled
+from test_serve_faults import Process, cut, probability, scaled, until
 from unolora import runs, training
+from unolora.bench.serve import _family
 from unolora.errors import InputError
 from unolora.serving import (
     ClosedError,
@@ -229,8 +230,7 @@ def test_only_the_caller_of_a_poisoned_input_gets_the_error(run, caplog):
 
 
 def children(server):
-    pid = server.process.pid
-    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return _family(server.process.pid)[1:]
 
 
 def gone(process):
@@ -239,13 +239,6 @@ def gone(process):
     except ProcessLookupError:
         return True
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-
-
-def until(condition):
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

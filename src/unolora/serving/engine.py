@@ -331,7 +331,7 @@ class Engine:
             self._admit(items, wait=True)
             return future.result(None if timeout is None else max(0.0, deadline - time.monotonic()))
         except TimeoutError as error:
-            raise _too_late(error, timeout) from None
+            raise too_late(error, timeout) from None
         finally:
             future.cancel()  # also by Ctrl-C: nobody waits for the rest
 
@@ -354,7 +354,7 @@ class Engine:
             async with asyncio.timeout(None if timeout is None else deadline - time.monotonic()):
                 return await asyncio.wrap_future(future)
         except TimeoutError as error:
-            raise _too_late(error, timeout) from None
+            raise too_late(error, timeout) from None
         finally:
             future.cancel()
 
@@ -536,7 +536,8 @@ def _deadline(timeout: float | None) -> float:
     return float("inf") if timeout is None else time.monotonic() + timeout
 
 
-def _too_late(error: TimeoutError, timeout: float | None) -> DeadlineError:
+def too_late(error: TimeoutError, timeout: float | None) -> DeadlineError:
+    """Say that the caller's time, in seconds, is over."""
     if isinstance(error, DeadlineError):
         return error
     return DeadlineError(f"the answer did not come within {timeout:g} s")

@@ -49,6 +49,7 @@ from unolora.serving.engine import (
     FailedError,
     QueueFullError,
     settle,
+    too_late,
 )
 from unolora.serving.logs import configuration, fields
 from unolora.serving.predictor import Input, Written
@@ -154,7 +155,7 @@ class EngineProcess:
             async with asyncio.timeout(timeout):
                 return await self._send(kind, {"inputs": inputs, "max_tokens": steps}, len(inputs))
         except TimeoutError as error:
-            raise DeadlineError(f"the answer did not come within {timeout:g} s") from error
+            raise too_late(error, timeout) from None
 
     async def _send(self, kind: str, what: Any, rows: int) -> Any:
         if not self.accepts or self._loop is None:
@@ -184,7 +185,7 @@ class EngineProcess:
     @property
     def accepts(self) -> bool:
         """Whether new requests are taken."""
-        return self.alive and not self._closing
+        return not self._closing  # nor once it is lost
 
     def close(self, timeout: float | None = None) -> bool:
         """Take nothing more, answer what was accepted, and end the process; called from any thread but the loop's.
